@@ -1,0 +1,1 @@
+"""Adapters between the Trainer and the methods: they decide when, never how."""

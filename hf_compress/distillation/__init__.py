@@ -1,0 +1,1 @@
+"""A large teacher trains a small student inside any Trainer."""

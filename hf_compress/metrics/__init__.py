@@ -1,0 +1,1 @@
+"""`evaluate.Metric` subclasses that import without a hub."""

@@ -1,0 +1,1 @@
+"""Scores, exact selection and masks: which weights stay."""

@@ -1,0 +1,1 @@
+"""Reports, cards and folders whose every number was measured."""

@@ -1,0 +1,1 @@
+"""Integer weights: loading in 8 and 4 bit."""
