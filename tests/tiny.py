@@ -72,7 +72,10 @@ def classification_rows(rows=64, length=12, num_labels=3, seed=0):
 
 
 def language_rows(rows=64, length=16, seed=0):
-    """Rows of a counting language (each token is the one before plus one), ragged, labels -100 on padding."""
+    """Rows of a counting language (each token is the one before plus one), ragged.
+
+    Labels are -100 on padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(5, VOCABULARY, (rows, 1), generator=generator)
     ids = 5 + (start + torch.arange(length)) % (VOCABULARY - 5)

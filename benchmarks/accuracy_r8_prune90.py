@@ -1,0 +1,53 @@
+"""R8, six layers, 90 % unstructured, one epoch from the fine-tuned MiniLM.
+
+python benchmarks/accuracy_r8_prune90.py --seeds 0 1 2
+"""
+
+import argparse
+import json
+import tempfile
+
+import r8
+from transformers import set_seed
+
+from hf_compress import PruningCallback
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--score", default="obd")
+    parser.add_argument("--end", type=float, default=0.6)
+    parser.add_argument("--interval", type=int, default=10)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    options = parser.parse_args()
+    tokenizer, train, test, names = r8.load()
+    folder = r8.dense(tokenizer, train, test, names)
+    with tempfile.TemporaryDirectory() as output:
+        baseline = r8.trainer(r8.classifier(folder, names), output, tokenizer, train, test)
+        result = {**vars(options), "dense": baseline.evaluate()["eval_accuracy"], "pruned": []}
+        for seed in options.seeds:
+            set_seed(seed)
+            callback = PruningCallback(
+                options.sparsity, score=options.score, end=options.end, interval=options.interval
+            )
+            run = r8.trainer(
+                r8.classifier(folder, names),
+                output,
+                tokenizer,
+                train,
+                test,
+                callbacks=[callback],
+                seed=seed,
+                learning_rate=options.learning_rate,
+            )
+            run.train()
+            result["pruned"].append(run.evaluate()["eval_accuracy"])
+            result["sparsity_found"] = callback.measurements()["sparsity"]
+    result["mean"] = sum(result["pruned"]) / len(result["pruned"])
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

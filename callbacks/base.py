@@ -1,0 +1,75 @@
+"""What every compression callback shares: its numbers reach the logs, and the best checkpoint is one
+that is compressed as asked."""
+
+from __future__ import annotations
+
+import abc
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class CompressionCallback(TrainerCallback, abc.ABC):
+    """A callback whose method ramps up. While `finished` is false no checkpoint counts as the best:
+    otherwise an early one, denser than asked, would win and be reloaded at the end.
+
+    `measurements()` are added to each log, to `state.log_history` and to the progress bar. Reporters
+    (TensorBoard, W&B, ...) run before the callbacks of the user and so do not see them, unless
+    `attach(trainer)` puts this callback before them.
+    """
+
+    @property
+    @abc.abstractmethod
+    def finished(self) -> bool:
+        """Whether the model is compressed as asked."""
+
+    @abc.abstractmethod
+    def measurements(self) -> dict[str, float]:
+        """Numbers to log, by flat name."""
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, object]:
+        """What was done, JSON-able, for the report."""
+
+    def attach(self, trainer: Trainer) -> None:
+        """Log through the reporters of `trainer` too. Adds the callback where it is missing."""
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        self._forget_best(state)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        self._forget_best(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        # Trainer keeps a copy of the logs in the history before it tells the callbacks.
+        for row in (logs, state.log_history[-1] if state.log_history else None):
+            if row is not None:
+                row.update(self.measurements())
+
+    def _forget_best(self, state: TrainerState) -> None:
+        if not self.finished:
+            state.best_metric = None
+            state.best_global_step = None
+            state.best_model_checkpoint = None

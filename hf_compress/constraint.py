@@ -1,0 +1,272 @@
+"""The one mechanism: the optimizer trains latent weights, the model sees their projection.
+
+Two hooks on the torch optimizer surround every step:
+
+    before   observe(latent, gradient), then   weight <- latent
+    step     any optimizer; its momentum and weight decay act on the latent weight
+    after    latent <- weight, then            weight <- projection(latent)
+
+The gradient of the projected weight is applied to the latent one: the straight-through estimator,
+exactly. The module tree, the names and the storage of the parameters never change, and every
+checkpoint at every moment holds projected weights.
+
+Latent weights, scores and masks live in `optimizer.state[param]`, so that the optimizer's own
+checkpoint carries them, sharded or not. After an fp16 overflow the torch optimizer did not step,
+hence nothing happened here either.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DeepSpeedOptimizerWrapper, DummyOptim
+from torch import Tensor, nn
+from torch.distributed.fsdp import FlatParameter
+from torch.optim import Optimizer
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+PREFIX = "hf_compress_"
+_ATTACHED = "_hf_compress_constraints"
+
+
+class Member:
+    """One constrained parameter with the tensors kept for it, by name: "latent", "mask", ...
+
+    Before the parameter's first step the tensors wait here, since optimizers initialise a
+    parameter whose state is empty; from then on they are in `optimizer.state[param]`. They have
+    the parameter's shape, placement and dtype: `Optimizer.load_state_dict` would cast any other
+    dtype to it, so resuming would change them (masks come back as floats, and are made bool again).
+    """
+
+    def __init__(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> None:
+        self.name = name
+        self.param = param
+        self._optimizer = optimizer
+        self._pending: dict[str, Tensor] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._pending or PREFIX + key in self._optimizer.state.get(self.param, {})
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key in self._pending:
+            return self._pending[key]
+        return self._optimizer.state[self.param][PREFIX + key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        if self._optimizer.state.get(self.param):
+            self._optimizer.state[self.param][PREFIX + key] = value
+        else:
+            self._pending[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        if key in self._pending:
+            del self._pending[key]
+        else:
+            del self._optimizer.state[self.param][PREFIX + key]
+
+    @property
+    def latent(self) -> Tensor:
+        """The weight that is trained: the parameter itself where no latent copy is needed."""
+        if "latent" in self:
+            return self["latent"]
+        return self.param
+
+    def move_into_state(self) -> None:
+        """Hand what waited here to the optimizer, once it has stepped on this parameter."""
+        if self._pending and self.param.grad is not None:
+            pending, self._pending = self._pending, {}
+            state = self._optimizer.state[self.param]
+            state.update({PREFIX + key: value for key, value in pending.items()})
+
+    def forget(self) -> None:
+        self._pending.clear()
+        state = self._optimizer.state.get(self.param, {})
+        for key in [key for key in state if str(key).startswith(PREFIX)]:
+            del state[key]
+
+
+class Constraint(abc.ABC):
+    """A set that weights must lie in. Members come as a group, so that a threshold can be global."""
+
+    order: int
+    """Constraints on one optimizer act by rising order: masks (0) before integer grids (1)."""
+
+    @property
+    @abc.abstractmethod
+    def needs_latent(self) -> bool:
+        """Whether the projection loses something that training may want back."""
+
+    @abc.abstractmethod
+    def begin(self, members: Sequence[Member]) -> None:
+        """Set up what is missing in the members' state; after a resume nothing is."""
+
+    @abc.abstractmethod
+    def observe(self, members: Sequence[Member]) -> None:
+        """Before a step: `member.latent`, `member.param` (projected) and `member.param.grad`."""
+
+    @abc.abstractmethod
+    def update(self, members: Sequence[Member]) -> None:
+        """After a step, while `member.param` holds the new latent weight: rank or fit anew."""
+
+    @abc.abstractmethod
+    def project_(self, members: Sequence[Member]) -> None:
+        """Put the latent weight that `member.param` holds onto the set, in place."""
+
+
+class Constraints:
+    """All constraints of one optimizer, and the hooks that apply them. Made by `constrain`."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._members: dict[nn.Parameter, Member] = {}
+        self._groups: list[tuple[Constraint, list[Member]]] = []
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    @torch.no_grad()
+    def add(self, parameters: Mapping[str, nn.Parameter], constraint: Constraint) -> None:
+        members = [
+            self._members.setdefault(param, Member(name, param, self._optimizer))
+            for name, param in parameters.items()
+        ]
+        for other, others in self._groups:
+            if other.order == constraint.order and not {*members}.isdisjoint(others):
+                name = next(member.name for member in members if member in others)
+                raise ValueError(
+                    f"{name} already has a {type(other).__name__} on this optimizer: one of a kind "
+                    "for each weight. Use one with all settings, or give them other targets."
+                )
+        self._groups.append((constraint, members))
+        self._groups.sort(key=lambda group: group[0].order)
+        constraint.begin(members)
+        for member in members:
+            if constraint.needs_latent and "latent" not in member:
+                member["latent"] = member.param.detach().clone()
+        self._show_latents()
+        self._project()
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Detach from the optimizer and free its state of ours; the weights stay projected."""
+        for hook in self._hooks:
+            hook.remove()
+        for member in self._members.values():
+            member.forget()
+        vars(self._optimizer).pop(_ATTACHED, None)
+
+    @torch.no_grad()
+    def _before(self, *_: object) -> None:
+        if not self._overflowed():
+            for constraint, members in self._groups:
+                constraint.observe([m for m in members if m.param.grad is not None])
+        self._show_latents()
+
+    @torch.no_grad()
+    def _after(self, *_: object) -> None:
+        for member in self._members.values():
+            member.move_into_state()
+            if "latent" in member:
+                member["latent"].copy_(member.param)
+        if not self._overflowed():
+            for constraint, members in self._groups:
+                constraint.update(members)
+        self._drop_latents()
+        self._project()
+
+    def _overflowed(self) -> bool:
+        # A fused optimizer is called after an fp16 overflow too, and skips the update in its kernel.
+        found_inf = vars(self._optimizer).get("found_inf")
+        return found_inf is not None and bool(found_inf.item())
+
+    def _show_latents(self) -> None:
+        for member in self._members.values():
+            if "latent" in member:
+                member.param.copy_(member["latent"])
+
+    def _project(self) -> None:
+        for constraint, members in self._groups:
+            constraint.project_(members)
+
+    def _drop_latents(self) -> None:
+        needed = {m for constraint, members in self._groups if constraint.needs_latent for m in members}
+        for member in self._members.values():
+            if "latent" in member and member not in needed:
+                del member["latent"]
+
+
+def constrain(
+    optimizer: Optimizer | AcceleratedOptimizer,
+    parameters: Mapping[str, nn.Parameter],
+    constraint: Constraint,
+) -> Constraints:
+    """Keep `parameters` (by name) in the set of `constraint` through every step of `optimizer`.
+
+    Works with any torch optimizer and with one that Accelerate prepared, on whole parameters and on
+    FSDP2 shards. Further calls on the same optimizer add constraints, which share one latent weight
+    for each parameter. When resuming, load the optimizer's state first. Memory: one copy of each
+    parameter while a constraint needs latent weights, besides what the constraint keeps.
+
+    Returns the `Constraints` of the optimizer, whose `remove()` ends the constraining.
+    Raises ValueError where it could not be right: packed or frozen parameters, parameters that the
+    optimizer does not train, FSDP1's flat parameters, DeepSpeed, layer-wise and schedule-free
+    optimizers.
+    """
+    optimizer = torch_optimizer(optimizer)
+    _check_parameters(optimizer, parameters)
+    constraints = vars(optimizer).get(_ATTACHED)
+    if constraints is None:
+        constraints = Constraints(optimizer)
+        setattr(optimizer, _ATTACHED, constraints)
+    constraints.add(parameters, constraint)
+    return constraints
+
+
+def torch_optimizer(optimizer: object) -> Optimizer:
+    """The torch optimizer under Accelerate's wrapper; ValueError where there is none to hook."""
+    if isinstance(optimizer, (DeepSpeedOptimizerWrapper, DummyOptim)):
+        raise ValueError(
+            "under DeepSpeed the engine steps inside the backward pass, on its own copies of the "
+            "weights, so they cannot be constrained: use DDP or FSDP2."
+        )
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    if isinstance(optimizer, LayerWiseDummyOptimizer):
+        raise ValueError(
+            "a layer-wise optimizer steps inside the backward pass, where weights cannot be "
+            "constrained: choose an `optim` without 'layerwise'."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} is not a torch optimizer: pass a torch.optim.Optimizer, or "
+            "one that Accelerate prepared."
+        )
+    if callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"{type(optimizer).__name__} swaps the weights between training and evaluation, which "
+            "would undo the constraint: choose an optimizer that is not schedule-free."
+        )
+    return optimizer
+
+
+def _check_parameters(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    if not parameters:
+        raise ValueError("no parameters to constrain: pass at least one, by name.")
+    trained = {param for group in optimizer.param_groups for param in group["params"]}
+    for name, param in parameters.items():
+        if isinstance(param, FlatParameter):
+            raise ValueError(f"{name} is a flat parameter of FSDP1: use FSDP2 (`fsdp_version: 2`).")
+        if not param.is_floating_point():
+            raise ValueError(
+                f"{name} is packed as {param.dtype}: integers cannot be constrained. Load the model "
+                "without quantization."
+            )
+        if param not in trained:
+            raise ValueError(
+                f"{name} is not trained by the optimizer (frozen, or of another model): leave it "
+                "out, or pass it to the optimizer."
+            )

@@ -1,0 +1,148 @@
+"""Exact selection: keep exactly the k highest scores over any number of tensors.
+
+Floats sort like their bit patterns, so two histograms of 65,536 bins (of the upper, then the lower
+16 bits) find the exact threshold in time linear in the weights. Scores are computed in pieces, three
+times; nothing is concatenated and nothing of a weight's size is kept but the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_compress.distributed import count_in_earlier_shards, local, sum_over_shards
+
+PIECE = 1 << 20
+BINS = 1 << 16
+# Upper halves of -inf and inf, in `_keys` order: finite scores lie strictly between.
+LOWEST, HIGHEST = 0x007F, 0xFF80
+
+Inputs = tuple[Tensor, ...]
+
+
+def keep_highest(
+    formula: Callable[..., Tensor],
+    inputs: Sequence[Inputs],
+    kept: int,
+    *,
+    at_least: float = 0.0,
+) -> list[Tensor]:
+    """Masks that keep exactly `kept` weights: those of the highest `formula(*inputs[i])`.
+
+    inputs: for each weight the tensors of its score, all of one shape and placement; whole or
+        sharded along their first dimension (then every rank calls this and gets its part).
+    at_least: the fraction in [0, 1] of each weight that is kept in any case, so that no layer
+        collapses; lowered to `kept` over the total where it is more.
+    Returns a bool mask for each weight, of its shape and placement. Equal scores are pruned in the
+    order of the weights and, within one, of its memory: the same on any number of ranks.
+    Raises ValueError for scores that are not finite and for a `kept` that is out of range.
+    """
+    sizes = [tensors[0].numel() for tensors in inputs]
+    if not 0 <= kept <= sum(sizes):
+        raise ValueError(f"cannot keep {kept} of {sum(sizes)} weights.")
+    at_least = min(at_least, kept / max(sum(sizes), 1))
+    floors = [int(at_least * size) for size in sizes]
+    masks: list[Tensor | None] = [None] * len(inputs)
+    free = list(range(len(inputs)))
+    while free:
+        chosen = _keep_highest(formula, [inputs[i] for i in free], kept)
+        starved = [i for i, mask in zip(free, chosen, strict=True) if count_kept(mask) < floors[i]]
+        if not starved:
+            for i, mask in zip(free, chosen, strict=True):
+                masks[i] = mask
+            break
+        for i in starved:
+            (masks[i],) = _keep_highest(formula, [inputs[i]], floors[i])
+            kept -= floors[i]
+            free.remove(i)
+    return [mask for mask in masks if mask is not None]
+
+
+def count_kept(mask: Tensor) -> int:
+    """Number of weights that `mask` keeps, over all ranks."""
+    return _total(int(local(mask).sum()), mask)
+
+
+def _keep_highest(formula: Callable[..., Tensor], inputs: Sequence[Inputs], kept: int) -> list[Tensor]:
+    upper = _histogram(formula, inputs, lambda keys: (keys >> 16) + BINS // 2)
+    if (bad := int(upper[: LOWEST + 1].sum() + upper[HIGHEST:].sum())) > 0:
+        raise ValueError(
+            f"{bad} scores are NaN or infinite: the training diverged before they were ranked. "
+            "Lower the learning rate, or start pruning later."
+        )
+    pruned = sum(tensors[0].numel() for tensors in inputs) - kept
+    if pruned == 0:
+        return [torch.ones_like(tensors[0], dtype=torch.bool) for tensors in inputs]
+    bin_, rest = _find(upper, pruned)
+    half = bin_ - BINS // 2
+    lower = _histogram(formula, inputs, lambda keys: keys[(keys >> 16) == half] & 0xFFFF)
+    low, pruned_ties = _find(lower, rest)
+    threshold = (half << 16) + low
+    return _masks(formula, inputs, threshold, pruned_ties, int(lower[low]))
+
+
+def _masks(
+    formula: Callable[..., Tensor],
+    inputs: Sequence[Inputs],
+    threshold: int,
+    pruned_ties: int,
+    all_ties: int,
+) -> list[Tensor]:
+    masks = []
+    for tensors in inputs:
+        mask = torch.zeros_like(tensors[0], dtype=torch.bool)
+        flat = local(mask).view(-1)
+        for place, keys in _pieces(formula, tensors):
+            torch.gt(keys, threshold, out=flat[place])
+        if pruned_ties < all_ties:
+            ties = torch.cat(
+                [
+                    (keys == threshold).nonzero().squeeze(1) + place.start
+                    for place, keys in _pieces(formula, tensors)
+                ]
+            )
+            before = count_in_earlier_shards(len(ties), mask)
+            flat[ties[max(pruned_ties - before, 0) :]] = True
+            pruned_ties -= min(_total(len(ties), mask), pruned_ties)
+        masks.append(mask)
+    return masks
+
+
+def _histogram(
+    formula: Callable[..., Tensor],
+    inputs: Sequence[Inputs],
+    bins: Callable[[Tensor], Tensor],
+) -> Tensor:
+    def one(tensors: Inputs) -> Tensor:
+        counts = torch.zeros(BINS, dtype=torch.int64, device=local(tensors[0]).device)
+        for _, keys in _pieces(formula, tensors):
+            counts += torch.bincount(bins(keys), minlength=BINS)
+        return counts
+
+    return sum_over_shards((one(tensors), tensors[0]) for tensors in inputs)
+
+
+def _pieces(formula: Callable[..., Tensor], tensors: Inputs) -> Iterator[tuple[slice, Tensor]]:
+    flat = [local(tensor).reshape(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), PIECE):
+        place = slice(start, min(start + PIECE, flat[0].numel()))
+        yield place, _keys(formula(*(tensor[place].float() for tensor in flat)))
+
+
+def _keys(score: Tensor) -> Tensor:
+    """int32 keys that sort as the fp32 scores do; -0 and 0 share one."""
+    bits = (score + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _find(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The bin of the `rank`-th lowest entry (from 1), and its rank within the bin."""
+    running = counts.cumsum(0)
+    bin_ = int(torch.searchsorted(running, rank))
+    return bin_, rank - int(running[bin_] - counts[bin_])
+
+
+def _total(count: int, tensor: Tensor) -> int:
+    return int(sum_over_shards([(torch.tensor([count], device=local(tensor).device), tensor)]))

@@ -1,0 +1,139 @@
+"""Schedules: a value as a pure function of the optimizer step.
+
+Nothing here counts calls: a schedule asked twice for the same step gives the same answer, so that
+a resumed run, a skipped fp16 step and a retried batch size all see what an uninterrupted run saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Shape = Callable[[float], float]
+"""Progress in [0, 1] -> the part of the way from the first value to the last, in [0, 1]."""
+
+STAIRS = 4
+EXPONENTIAL_RATE = 5.0
+
+
+def constant(progress: float) -> float:
+    """The last value from the start on."""
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    return progress
+
+
+def cubic(progress: float) -> float:
+    """Fast while there is much to prune, slow near the end (Zhu and Gupta, papers/1710.01878)."""
+    return 1.0 - (1.0 - progress) ** 3
+
+
+def cosine(progress: float) -> float:
+    return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+def exponential(progress: float) -> float:
+    """What is left of the way shrinks by the same factor each step: e**-5 of it at the end, then 0."""
+    return math.expm1(-EXPONENTIAL_RATE * progress) / math.expm1(-EXPONENTIAL_RATE)
+
+
+def step(progress: float) -> float:
+    """Four equal stairs, the last one reached at the end."""
+    return math.floor(STAIRS * progress) / STAIRS
+
+
+SHAPES: dict[str, Shape] = {
+    shape.__name__: shape for shape in (constant, linear, cubic, cosine, exponential, step)
+}
+
+
+def as_step(when: int | float, max_steps: int) -> int:
+    """Optimizer step of `when`: an int is a step, a float in [0, 1] a fraction of `max_steps`."""
+    return round(when * max_steps) if isinstance(when, float) else when
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """From `initial` at step `start` to `final` at step `end`, along `shape`, and constant outside.
+
+    `start` and `end` are optimizer steps (int) or fractions of the training (float in [0, 1]).
+    `shape` is one of `SHAPES` by name, or a function of progress that never falls, stays in [0, 1]
+    and ends at 1.
+
+    Raises ValueError for an unknown shape, a function that breaks its promise, or times that are
+    negative, not finite or (both of one kind) in the wrong order.
+    """
+
+    final: float
+    initial: float = 0.0
+    shape: str | Shape = "cubic"
+    start: int | float = 0.0
+    end: int | float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shape, str) and self.shape not in SHAPES:
+            raise ValueError(
+                f"`schedule` is {self.shape!r}; allowed are {sorted(SHAPES)} or a function of "
+                "progress in [0, 1]."
+            )
+        for name, when in (("start", self.start), ("end", self.end)):
+            _check_time(name, when)
+        if type(self.start) is type(self.end) and self.start > self.end:
+            raise ValueError(f"`start` ({self.start}) is after `end` ({self.end}): swap them.")
+        if callable(self.shape):
+            _check_shape(self.shape)
+
+    def span(self, max_steps: int) -> tuple[int, int]:
+        """First and last step of the change, in optimizer steps of a training of `max_steps`.
+
+        The last step is at least 1: nothing has been learned before the first one.
+        Raises ValueError when the change could not finish within the training.
+        """
+        start, end = as_step(self.start, max_steps), max(as_step(self.end, max_steps), 1)
+        if end > max_steps:
+            raise ValueError(
+                f"the schedule ends at step {end}, but training ends at step {max_steps}: the "
+                f"target would not be reached. Train longer, or pass `end` <= {max_steps} or a "
+                "fraction such as `end=0.6`."
+            )
+        if start > end:
+            raise ValueError(
+                f"the schedule starts at step {start}, after its end at step {end} of {max_steps}: "
+                "pass an earlier `start` or a later `end`."
+            )
+        return start, end
+
+    def value(self, step: int, max_steps: int) -> float:
+        """The value after `step` optimizer steps of `max_steps`."""
+        start, end = self.span(max_steps)
+        if step >= end:
+            return self.final
+        if step < start:
+            return self.initial
+        shape = self.shape if callable(self.shape) else SHAPES[self.shape]
+        return self.initial + (self.final - self.initial) * shape((step - start) / (end - start))
+
+
+def _check_time(name: str, when: int | float) -> None:
+    if isinstance(when, bool) or not isinstance(when, (int, float)):
+        raise ValueError(f"`{name}` is {when!r}: pass a step (int) or a fraction (float in [0, 1]).")
+    if isinstance(when, float) and not 0.0 <= when <= 1.0:
+        raise ValueError(
+            f"`{name}` is {when}: a float is a fraction of the training and lies in [0, 1]; pass "
+            "an int for a step."
+        )
+    if when < 0:
+        raise ValueError(f"`{name}` is {when}: steps count from 0.")
+
+
+def _check_shape(shape: Shape) -> None:
+    values = [shape(i / 100) for i in range(101)]
+    rises = all(earlier <= later for earlier, later in zip(values, values[1:], strict=False))
+    if not (rises and values[0] >= 0.0 and values[-1] == 1.0):
+        raise ValueError(
+            f"the schedule function gave {values[0]} at progress 0 and {values[-1]} at 1: it must "
+            "stay in [0, 1], never fall, and end at 1."
+        )

@@ -1,0 +1,193 @@
+"""Which weights a method works on, and for each one left out, why."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight to compress. `input_dim` is its axis of input features: 1 in a Linear (out, in),
+    0 in a Conv1D (in, out), -1 in stacked experts (experts, out, in)."""
+
+    name: str
+    param: nn.Parameter
+    input_dim: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was found: targets by name, and the reason for each weight left out."""
+
+    targets: dict[str, Target] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: target.param for name, target in self.targets.items()}
+
+
+def find_targets(
+    model: nn.Module,
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+) -> Selection:
+    """The weights of `model` to compress.
+
+    targets: class names ("Linear"), module names (whole, a trailing part, or a parent of what is
+        meant: "bert.encoder.layer.0", "query"), or "re:" and a pattern to be found in the name of
+        the weight. Without it: the matrices of all Linear and Conv1D layers and of stacked experts.
+    ignore: the same, to leave out.
+
+    Left out with a reason: embeddings and what is tied to them, output heads, routers, convolutions,
+    norms, biases, adapters, frozen and packed weights. A whole name in `targets` overrides the
+    reasons of choice (head, router, convolution, embedding), not those of necessity.
+
+    Raises ValueError when nothing is left, or when an entry matches no weight, naming near misses.
+    """
+    wanted, unwanted = _as_list("targets", targets), _as_list("ignore", ignore)
+    selection = Selection()
+    used: set[str] = set()
+    heads = _head_modules(model)
+    tied = _tied_parameters(model)
+    seen: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        for own_name, param in module.named_parameters(recurse=False):
+            name = f"{module_name}.{own_name}" if module_name else own_name
+            if param in seen:
+                continue
+            seen.add(param)
+            hits = [entry for entry in wanted if _matches(entry, name, module_name, module)]
+            misses = [entry for entry in unwanted if _matches(entry, name, module_name, module)]
+            used.update(hits, misses)
+            reason = _impossible(name, param, param in tied)
+            if reason is None and misses:
+                reason = f"ignored by {misses[0]!r}"
+            named = any(entry in (name, module_name) for entry in hits)
+            if reason is None and not named:
+                reason = _unwise(module, own_name, param, module in heads)
+            if reason is None and wanted and not hits:
+                reason = "not named in `targets`"
+            if reason is None:
+                selection.targets[name] = Target(name, param, _input_dim(module))
+            else:
+                selection.skipped[name] = reason
+    _check_all_used(model, wanted, unwanted, used)
+    if not selection.targets:
+        raise ValueError(
+            f"targets={targets!r} with ignore={ignore!r} leave no weight of {type(model).__name__} "
+            f"to compress. {_most_common(selection.skipped)}"
+        )
+    return selection
+
+
+def _as_list(argument: str, entries: str | Sequence[str] | None) -> list[str]:
+    entries = [entries] if isinstance(entries, str) else list(entries or [])
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise ValueError(f"`{argument}` holds {entry!r}: pass class names, module names or 're:'.")
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry[3:])
+            except re.error as error:
+                raise ValueError(f"`{argument}` holds {entry!r}, no pattern: {error}.") from None
+    return entries
+
+
+def _matches(entry: str, name: str, module_name: str, module: nn.Module) -> bool:
+    if entry.startswith("re:"):
+        return re.search(entry[3:], name) is not None
+    if entry == type(module).__name__:
+        return True
+    # As whole parts of the dotted name: "layer.1" is not found in "layer.11".
+    return f".{entry}." in f".{name}."
+
+
+def _impossible(name: str, param: nn.Parameter, tied: bool) -> str | None:
+    if not param.is_floating_point():
+        return f"packed as {param.dtype}: load the model without quantization to change its weights"
+    if "lora_" in name or ".modules_to_save." in name:
+        return "adapter"
+    if not param.requires_grad:
+        return "frozen: it is not trained"
+    if tied:
+        return "tied: the output head and the embedding are one tensor"
+    return None
+
+
+def _unwise(module: nn.Module, own_name: str, param: nn.Parameter, head: bool) -> str | None:
+    kind = type(module).__name__
+    if own_name == "bias" or param.dim() < 2:
+        return "bias or norm"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if head:
+        return "output head"
+    if "Router" in kind or "Gate" in kind:
+        return "router"
+    if isinstance(module, (nn.Linear, Conv1D)) or "Experts" in kind:
+        return None
+    return f"{kind} weights are compressed only when named"
+
+
+def _input_dim(module: nn.Module) -> int:
+    if isinstance(module, Conv1D):
+        return 0
+    return 1 if isinstance(module, nn.Linear) else -1
+
+
+def _head_modules(model: nn.Module) -> set[nn.Module]:
+    """What is outside the backbone of a transformers model, and its output embeddings."""
+    inner = _without_adapters(model)
+    if not isinstance(inner, PreTrainedModel):
+        return set()
+    output = inner.get_output_embeddings()
+    heads = set() if output is None else {output}
+    if inner.base_model is not inner:
+        heads |= set(inner.modules()) - set(inner.base_model.modules())
+    return heads
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def _tied_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that belong to an embedding and to another module too."""
+    owners: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners[param] = owners.get(param, 0) + 1
+    return {param for param, count in owners.items() if count > 1}
+
+
+def _check_all_used(
+    model: nn.Module, wanted: Sequence[str], unwanted: Sequence[str], used: set[str]
+) -> None:
+    for argument, entries in (("targets", wanted), ("ignore", unwanted)):
+        for entry in entries:
+            if entry not in used:
+                names = {type(module).__name__ for module in model.modules()}
+                for module_name, _ in model.named_modules():
+                    names.update((module_name, module_name.rpartition(".")[2]))
+                near = difflib.get_close_matches(entry.removeprefix("re:"), sorted(names), n=3)
+                hint = f"near names: {', '.join(near)}" if near else "nothing has a name like it"
+                raise ValueError(
+                    f"`{argument}` entry {entry!r} matches no weight of {type(model).__name__}; {hint}."
+                )
+
+
+def _most_common(skipped: dict[str, str]) -> str:
+    counts: dict[str, int] = {}
+    for reason in skipped.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    listed = sorted(counts.items(), key=lambda item: -item[1])[:5]
+    return "Left out: " + "; ".join(f"{count} x {reason}" for reason, count in listed) + "."
