@@ -176,7 +176,7 @@ def _classification(config: Any, labels: Tensor) -> Task:
         "single_label_classification": SINGLE_LABEL,
         "multi_label_classification": MULTI_LABEL,
         "regression": REGRESSION,
-    }[problem_type(config, labels)]
+    }[problem_type_(config, labels)]
 
 
 def _causal_lm(config: Any, labels: Tensor) -> Task:
@@ -225,7 +225,7 @@ HEADS = (
 )
 
 
-def without_adapters(model: nn.Module) -> nn.Module:
+def without_adapters(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model; any other model as it is."""
     if is_peft_available():
         from peft import PeftMixedModel, PeftModel
@@ -249,12 +249,16 @@ def head_of(model: nn.Module) -> Head:
     )
 
 
-def problem_type(config: Any, labels: Tensor) -> str:
-    """What a sequence classifier is trained for, inferred as transformers does where it is not set."""
-    if config.problem_type is not None:
-        return config.problem_type
-    if config.num_labels == 1:
-        return "regression"
-    if labels.dtype in (torch.long, torch.int):
-        return "single_label_classification"
-    return "multi_label_classification"
+def problem_type_(config: Any, labels: Tensor) -> str:
+    """What a sequence classifier is trained for, inferred from its first labels where it is not set.
+
+    Written to the config, as the forward of transformers models does: pipelines read it there.
+    """
+    if config.problem_type is None:
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+    return config.problem_type

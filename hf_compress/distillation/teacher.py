@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -121,8 +121,8 @@ def _check_checkpoint(path: str, head: Head) -> None:
     architectures = AutoConfig.from_pretrained(path).architectures or []
     if not head.class_names.intersection(architectures):
         raise ValueError(
-            f"The teacher {path!r} was saved as {', '.join(architectures) or 'an unknown class'} and has "
-            f"no trained head for {head.name}. Fine-tune it first, or pass the model itself."
+            f"The teacher {path!r} was saved as {', '.join(architectures) or 'an unknown class'} and "
+            f"has no trained head for {head.name}. Fine-tune it first, or pass the model itself."
         )
 
 
@@ -135,8 +135,8 @@ def _load_quantized(path: str, head: Head, bits: int) -> nn.Module:
 def _requantize(model: nn.Module, head: Head, bits: int) -> nn.Module:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"`teacher_bits={bits}` needs a transformers model to quantize, got {type(model).__name__}. "
-            "Merge a PEFT model first (merge_and_unload), or pass the path of the saved model."
+            f"`teacher_bits={bits}` needs a transformers model to quantize, got "
+            f"{type(model).__name__}. Merge a PEFT model first (merge_and_unload)."
         )
     if getattr(model, "quantization_method", None) is not None:
         raise ValueError(

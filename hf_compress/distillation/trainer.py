@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
-from hf_compress.distillation.tasks import Sums, Task, head_of, problem_type, without_adapters
+from hf_compress.distillation.tasks import Sums, Task, head_of, without_adapters
 from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher, snapshot
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class DistillationMixin(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    model: nn.Module
+    args: Any  # a TrainingArguments with the fields of DistillationArgumentsMixin
 
     def __init__(
         self,
@@ -57,20 +59,199 @@ class DistillationMixin(Trainer):
                 "DistillationArguments, or for another arguments class a dataclass of your own: "
                 "class MyArguments(DistillationArgumentsMixin, SFTConfig)."
             )
-        if isinstance(teacher, str) and teacher == "self":
+        from_student = isinstance(teacher, str) and teacher == "self"
+        if from_student:
+            # Before any Trainer has wrapped or patched it.
             teacher = _copy_of(model)
         super().__init__(model, args, *others, **trainer_arguments)  # type: ignore[arg-type]
         if Version(transformers.__version__) < Version("5.19"):
             # Those versions ask this flag whether the loss is scaled already.
             self.model_accepts_loss_kwargs = True
         _refuse_unsupported(self)
-
         self.head = head_of(self.model)
         with torch.random.fork_rng(devices=[]):  # loading must not shift the student's randomness
             self.teacher = load_teacher(teacher, self.head, bits=teacher_bits, device=self.args.device)
         check_pair(self.model, self.teacher)
         self._task: Task | None = None
-        self._train_sums: Tensor | None = None
-        self._eval_sums: Tensor | None = None
-        self._compared = teacher == "self"
+        self._train_sums = self._no_sums()
+        self._eval_sums = self._no_sums()
+        # A copy of the student agrees with it until the student moves: that is no mistake.
+        self._teacher_differs = from_student
         self._attach_callbacks()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The batches of one optimizer step, and their number of items over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items = torch.zeros((), dtype=torch.long, device=device)
+        for batch in batches:
+            items += self._task_of(batch).count(batch).to(device)
+        return batches, self.accelerator.reduce(items, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mixed loss, with the student's outputs where asked.
+
+        In training the sum over the items here divided by `num_items_in_batch`, times the number of
+        processes, over which the gradients are averaged. In evaluation the mean over the items here.
+        """
+        task = self._task_of(inputs)
+        features = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**features)
+        with torch.no_grad(), self.accelerator.autocast():
+            taught = self.teacher(**accepted_inputs(self.teacher, {**features, "use_cache": False}))
+        sums = task.sums(
+            outputs,
+            taught,
+            inputs,
+            temperature=self.args.temperature,
+            rows=None if model.training else self._real_rows(inputs),
+        )
+        loss = _mix(sums, self.args.alpha)
+        if model.training and num_items_in_batch is not None:
+            items = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+            loss = loss / (items / self.accelerator.num_processes)
+        else:
+            loss = loss / sums.items.clamp(min=1)
+        self._record(sums, training=model.training)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._eval_sums = self._no_sums()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self._means(self._eval_sums)
+        if means and output.metrics is not None:
+            # Trainer's own loss is a mean of batch means, which depends on the evaluation batch size.
+            alpha = self.args.alpha
+            means["loss"] = (1 - alpha) * means["loss_task"] + alpha * means["loss_kd"]
+            output.metrics.update(
+                {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+            )
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # the training log, which every process writes
+            logs.update(self._means(self._train_sums))
+        if "loss" in logs or "train_loss" in logs:
+            self._train_sums = self._no_sums()
+        super().log(logs, start_time)
+
+    def _task_of(self, batch: Mapping[str, Any]) -> Task:
+        if self._task is None:
+            if "labels" not in batch:
+                raise ValueError(
+                    f"The batch has no `labels`, only {sorted(batch)}. The task part of the loss and "
+                    "the choice of items need them; see `remove_unused_columns` and the collator."
+                )
+            self._task = self.head.task(without_adapters(self.model).config, batch["labels"])
+        return self._task
+
+    def _real_rows(self, batch: Mapping[str, Any]) -> int | None:
+        """How many rows of the last evaluation batch do not merely fill it up for the other ranks."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder < 1:
+            return None
+        rows = len(batch["labels"])
+        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(len(Sums._fields), device=self.args.device)
+
+    def _record(self, sums: Sums, *, training: bool) -> None:
+        values = torch.stack([value.detach().float() for value in sums]).to(self.args.device)
+        if not training:
+            self._eval_sums += values
+            return
+        self._train_sums += values
+        if not self._teacher_differs and sums.items > 0:
+            self._teacher_differs = True
+            if sums.distillation == 0:
+                logger.warning(
+                    "The teacher gives exactly the student's outputs on the first batch, so there is "
+                    "nothing to learn from it. Is it the model you meant?"
+                )
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        items, task, distillation, agreement = self.accelerator.reduce(sums, "sum").tolist()
+        if not items or self._task is None:
+            return {}
+        means = {"loss_task": task / items, "loss_kd": distillation / items}
+        if self._task.agrees is not None:
+            means["agreement"] = agreement / items
+        return means
+
+    def _attach_callbacks(self) -> None:
+        from hf_compress.callbacks.base import CompressionCallback
+
+        for callback in list(self.callback_handler.callbacks):
+            if isinstance(callback, CompressionCallback):
+                callback.attach(self)
+
+
+class DistillationTrainer(DistillationMixin):
+    """`Trainer` with a teacher: see `DistillationMixin`."""
+
+
+def _copy_of(model: nn.Module | str | None) -> nn.Module | str:
+    if model is None:
+        raise ValueError("teacher='self' copies the student: pass `model`, not `model_init`.")
+    return model if isinstance(model, str) else snapshot(model)
+
+
+def _mix(sums: Sums, alpha: float) -> Tensor:
+    # A part of weight 0 is left out, not multiplied by 0: it must not bring in NaN, or cost a backward.
+    if alpha == 0:
+        return sums.task
+    if alpha == 1:
+        return sums.distillation
+    return (1 - alpha) * sums.task + alpha * sums.distillation
+
+
+def _refuse_unsupported(trainer: Trainer) -> None:
+    args, parallelism = trainer.args, trainer.accelerator.parallelism_config
+    if args.deepspeed or trainer.is_deepspeed_enabled:
+        raise NotImplementedError(
+            "Distillation under DeepSpeed is not supported: ZeRO would shard the student but not the "
+            "teacher. Use DDP or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)."
+        )
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise NotImplementedError(
+            "Distillation knows data parallelism only, not tensor, context or sequence parallelism."
+        )
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            f"{args.n_gpu} GPUs in one process would be used through nn.DataParallel, where the items "
+            "cannot be counted. Use `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "`compute_loss_func` would be ignored: the task's own loss is computed from the logits."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} would be ignored; set it to 0. A "
+            "teacher's soft labels do its work."
+        )
+    # SFTConfig alone has it.
+    if (loss_type := vars(args).get("loss_type", "nll")) != "nll":
+        raise ValueError(f"loss_type={loss_type!r} would be ignored; set it to 'nll'.")
+    for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+        parts = dataset.items() if isinstance(dataset, dict) else [(name, dataset)]
+        for part, rows in parts:
+            if rows is not None and has_length(rows) and len(rows) == 0:
+                raise ValueError(f"The {part} dataset is empty: there is nothing to learn from.")
