@@ -4,6 +4,7 @@ Run as a script under `accelerate launch` it does so on several processes, and w
 named on the command line what `run_cuts` returns.
 """
 
+import gc
 import json
 import sys
 import tempfile
@@ -109,6 +110,7 @@ def two_steps(case, *, batch_size, accumulation):
 def run_cuts(cuts):
     """case -> "batch x accumulation" -> the two steps and the evaluation."""
     logging.set_verbosity_error()
+    gc.freeze()  # Trainer collects garbage at every start, which is most of the time spent here
     return {
         case: {
             f"{batch_size}x{accumulation}": two_steps(
