@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DeepSpeedOptimizerWrapper, DummyOptim
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DummyOptim
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 from torch.optim import Optimizer

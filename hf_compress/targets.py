@@ -72,7 +72,7 @@ def find_targets(
                 reason = f"ignored by {misses[0]!r}"
             named = any(entry in (name, module_name) for entry in hits)
             if reason is None and not named:
-                reason = _unwise(module, own_name, param, module in heads)
+                reason = _unwise(module, module in heads)
             if reason is None and wanted and not hits:
                 reason = "not named in `targets`"
             if reason is None:
@@ -115,6 +115,8 @@ def _impossible(name: str, param: nn.Parameter, tied: bool) -> str | None:
         return f"packed as {param.dtype}: load the model without quantization to change its weights"
     if "lora_" in name or ".modules_to_save." in name:
         return "adapter"
+    if param.dim() < 2 or name.rpartition(".")[2] == "bias":
+        return "bias or norm"
     if not param.requires_grad:
         return "frozen: it is not trained"
     if tied:
@@ -122,10 +124,8 @@ def _impossible(name: str, param: nn.Parameter, tied: bool) -> str | None:
     return None
 
 
-def _unwise(module: nn.Module, own_name: str, param: nn.Parameter, head: bool) -> str | None:
+def _unwise(module: nn.Module, head: bool) -> str | None:
     kind = type(module).__name__
-    if own_name == "bias" or param.dim() < 2:
-        return "bias or norm"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if head:

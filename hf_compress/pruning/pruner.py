@@ -71,7 +71,7 @@ class Pruner(Constraint):
         self.interval = interval
         self.decay = decay
         self.min_keep = min_keep
-        self._step, self._max_steps = 0, 1
+        self._step = self._max_steps = 0
         self.total = 0
         """Weights in the group."""
         self.pruned = 0
@@ -117,6 +117,10 @@ class Pruner(Constraint):
             grad.mul_(local(member["mask"]))
 
     def update(self, members: Sequence[Member]) -> None:
+        if self._max_steps == 0:
+            raise RuntimeError(
+                "tell the pruner the time before each step: `pruner.at(step, max_steps)`."
+            )
         step, sparsity = self._last_ranking()
         groups = [members] if self.scope == "global" else [[member] for member in members]
         pruned = [round(sparsity * _size(group)) for group in groups]
@@ -154,6 +158,8 @@ class Pruner(Constraint):
             member["mask"] = mask
 
     def _freeze_if_finished(self, members: Sequence[Member]) -> None:
+        if self._max_steps == 0:  # nobody has told the time yet
+            return
         _, end = self.schedule.span(self._max_steps)
         self.finished = self._step >= end and self.sparsity >= self.schedule.final - 1 / self.total
         if self.finished:

@@ -1,0 +1,33 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def launch(script, *arguments):
+    """Run `script` on two gloo ranks; its output where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(HERE / script)),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    return run.stdout
+
+
+def test_pruning_on_shards_equals_one_process_bit_for_bit():
+    launch("shards.py")
+
+
+def test_data_parallel_ranks_have_the_same_zeros(tmp_path):
+    out = launch("replicas.py", str(tmp_path))
+    assert out.count("same zeros") == 1
