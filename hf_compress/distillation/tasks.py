@@ -132,6 +132,11 @@ def _squared_error(student: Tensor, teacher: Tensor, temperature: float) -> Tens
     return squared_error(student, teacher)
 
 
+def _row_by_row(batch: Batch) -> Tensor:
+    labels = batch["labels"]
+    return labels.reshape(len(labels), -1)  # (rows,) or (rows, labels) -> (rows, labels)
+
+
 SINGLE_LABEL = Task(
     name="single-label classification",
     logits=lambda output: output.logits,
@@ -144,7 +149,7 @@ SINGLE_LABEL = Task(
 MULTI_LABEL = Task(
     name="multi-label classification",
     logits=lambda output: output.logits,
-    labels=lambda batch: batch["labels"],
+    labels=_row_by_row,
     loss=_binary_cross_entropy,
     divergence=_bernoulli_kl_divergence,
     agrees=_same_sign,
@@ -153,7 +158,7 @@ MULTI_LABEL = Task(
 REGRESSION = Task(
     name="regression",
     logits=lambda output: output.logits,
-    labels=lambda batch: batch["labels"].reshape(len(batch["labels"]), -1),
+    labels=_row_by_row,
     loss=squared_error,
     divergence=_squared_error,
     agrees=None,
