@@ -181,7 +181,7 @@ class PruningCallback(CompressionCallback):
 
     def _fractions(self) -> dict[str | None, float]:
         if isinstance(self.sparsity, Mapping):
-            return {**self.sparsity}
+            return {entry: fraction for entry, fraction in self.sparsity.items()}  # noqa: C416
         return {None: self.sparsity}
 
     def _groups(self, model: nn.Module) -> list[dict[str, nn.Parameter]]:

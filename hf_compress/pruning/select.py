@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_compress.distributed import count_in_earlier_shards, local, sum_over_shards
 
-PIECE = 1 << 20
+PIECE = 1 << 18
 BINS = 1 << 16
 # Upper halves of -inf and inf, in `_keys` order: finite scores lie strictly between.
 LOWEST, HIGHEST = 0x007F, 0xFF80
