@@ -40,7 +40,10 @@ HEADS = (
     "qa_classifier",
     "sequence_summary",
     "logits_proj",
+    "output_projection",
+    "answer_head",
     "projector",
+    "pooler",
 )
 _BLOCK = 64  # weights that share one scale in bitsandbytes' 4-bit format
 
@@ -148,14 +151,15 @@ def load_quantized(
 
 
 def head_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers outside the backbone of `model`, or that are its output or tied."""
+    """Names of the linear layers of `model` outside its backbone, of its output, and tied ones."""
     backbone = set(model.base_model.modules())
     output = model.get_output_embeddings()
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return [
         name
         for name, layer in _layers(model)
-        if layer not in backbone or layer is output or id(layer.weight) in embedded
+        # Some classes, T5ForQuestionAnswering among them, are their own backbone.
+        if layer not in backbone or "." not in name or layer is output or id(layer.weight) in embedded
     ]
 
 
