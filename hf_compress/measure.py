@@ -1,0 +1,272 @@
+"""What a model weighs and how fast it is, on this machine, as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import hf_compress
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Number of weights and of non-zero ones; `by_name` has both for each tensor."""
+
+    parameters: int
+    nonzeros: int
+    by_name: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass, and what they hold for.
+
+    inputs: shape of each tensor of the batch. threads: those of torch on the CPU.
+    """
+
+    median_ms: float
+    p95_ms: float
+    runs: int
+    inputs: dict[str, list[int]]
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One model. None means not measured; metrics as the Trainer names them, without `eval_`."""
+
+    parameters: int
+    nonzeros: int
+    bytes: int
+    peak_memory_bytes: int | None = None
+    latency: Latency | None = None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionReport:
+    """A compressed model beside the dense one, measured in the same way in the same run."""
+
+    compressed: Measurement
+    dense: Measurement | None
+    environment: dict[str, Any]
+
+    def recovery(self, metric: str) -> float | None:
+        """Compressed over dense in percent; None where the dense model was not measured, or is 0."""
+        if self.dense is None or metric not in self.dense.metrics:
+            return None
+        dense = self.dense.metrics[metric]
+        return 100 * self.compressed.metrics[metric] / dense if dense else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def count_weights(model: nn.Module) -> Weights:
+    """Counts the parameters of `model` and the non-zero ones among them, tied tensors once.
+
+    Weights packed by bitsandbytes count as what they stand for: two in a byte of 4-bit codes.
+    """
+    by_name = {}
+    for name, parameter in model.named_parameters():
+        weight = _unpacked(parameter)
+        by_name[name] = (weight.numel(), int(torch.count_nonzero(weight)))
+    return Weights(
+        parameters=sum(total for total, _ in by_name.values()),
+        nonzeros=sum(nonzeros for _, nonzeros in by_name.values()),
+        by_name=by_name,
+    )
+
+
+def bytes_on_disk(folder: str | Path) -> int:
+    """Bytes of the safetensors files in `folder`. Raises FileNotFoundError when there are none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no *.safetensors file: save the model there first.")
+    return sum(file.stat().st_size for file in files)
+
+
+def measure_latency(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, runs: int = 50, warmup: int = 5
+) -> Latency:
+    """Median and 95th percentile over `runs` forward passes of `inputs`, after `warmup` ones."""
+    return compare_latency({"model": model}, inputs, runs=runs, warmup=warmup)["model"]
+
+
+def compare_latency(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    *,
+    runs: int = 50,
+    warmup: int = 5,
+) -> dict[str, Latency]:
+    """The latency of several models, pass by pass in turn, so that all meet the same disturbances.
+
+    inputs: keyword tensors that every model takes; they are moved to its device. Models are put in
+    eval mode and back.
+
+    Raises ValueError for fewer than 1 run or a negative `warmup`.
+    """
+    if runs < 1 or warmup < 0:
+        raise ValueError(f"`runs` must be at least 1 and `warmup` at least 0, got {runs}, {warmup}.")
+    devices = {name: next(model.parameters()).device for name, model in models.items()}
+    batches = {
+        name: {key: value.to(device) for key, value in inputs.items()}
+        for name, device in devices.items()
+    }
+    training = {name: model.training for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    try:
+        for model in models.values():
+            model.eval()
+        for run in range(warmup + runs):
+            for name, model in models.items():
+                elapsed = _time(model, batches[name], devices[name])
+                if run >= warmup:
+                    times[name].append(1000 * elapsed)
+    finally:
+        for name, model in models.items():
+            model.train(training[name])
+    return {
+        name: Latency(
+            median_ms=statistics.median(values),
+            p95_ms=_percentile(values, 0.95),
+            runs=runs,
+            inputs={key: list(value.shape) for key, value in inputs.items()},
+            device=_device_name(devices[name]),
+            threads=torch.get_num_threads(),
+        )
+        for name, values in times.items()
+    }
+
+
+_CHILD = """
+import json, sys
+import torch, transformers
+from safetensors.torch import load_file
+
+def highest():
+    # Not getrusage: on Linux its peak is inherited from the parent.
+    if sys.platform != "linux":
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+folder, class_name, inputs = sys.argv[1:]
+idle = highest()
+model = getattr(transformers, class_name).from_pretrained(folder).eval()
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if getattr(model, "quantization_method", None) is None:
+    model.to(device)
+with torch.no_grad():
+    model(**{name: value.to(device) for name, value in load_file(inputs).items()})
+cuda = device.type == "cuda"
+print(json.dumps(torch.cuda.max_memory_allocated() if cuda else highest() - idle))
+"""
+
+
+def peak_memory(folder: str | Path, class_name: str, inputs: Mapping[str, Tensor]) -> int:
+    """Bytes that loading `folder` and one forward pass of `inputs` take at their highest.
+
+    A fresh process loads the model as `transformers.<class_name>`. On a GPU it is the peak that torch
+    allocated; on CPU the growth of the resident set over that of the interpreter with torch and
+    transformers imported.
+
+    Raises FileNotFoundError when the folder holds no weights, and RuntimeError with the last lines of
+    the process when it fails, and on Windows, which does not tell the peak.
+    """
+    bytes_on_disk(folder)
+    if sys.platform == "win32":
+        raise RuntimeError("Windows does not tell the peak resident set of a process.")
+    with tempfile.TemporaryDirectory() as temporary:
+        file = str(Path(temporary) / "inputs.safetensors")
+        save_file({name: value.cpu().contiguous() for name, value in inputs.items()}, file)
+        run = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(folder), class_name, file],
+            capture_output=True,
+            text=True,
+        )
+    if run.returncode != 0:
+        raise RuntimeError(f"Loading {folder} in a fresh process failed:\n{run.stderr[-2000:]}")
+    return int(json.loads(run.stdout.splitlines()[-1]))
+
+
+def environment() -> dict[str, Any]:
+    """The hardware and the versions that measurements hold for."""
+    packages = ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "peft")
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {"hf_compress": hf_compress.__version__}
+        | {name: version for name in packages if (version := _version(name)) is not None},
+    }
+
+
+def _unpacked(parameter: Tensor) -> Tensor:
+    # Known by its state rather than its class, which only an optional package has.
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter, state)
+
+
+def _time(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    with torch.no_grad():
+        model(**batch)
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _percentile(values: list[float], fraction: float) -> float:
+    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), fraction))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

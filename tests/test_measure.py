@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import torch
+from tiny import tiny_bert, tiny_llama
+from torch import nn
+
+from hf_compress.measure import (
+    CompressionReport,
+    Measurement,
+    bytes_on_disk,
+    compare_latency,
+    count_weights,
+    environment,
+    measure_latency,
+    peak_memory,
+)
+
+IDS = torch.arange(5, 17)[None]
+
+
+def test_zeros_are_counted_by_tensor():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].weight[0, :3] = 0
+        model[0].bias.copy_(torch.tensor([0.0, -0.0, 2.0]))
+        model[1].weight.fill_(-1e-30)
+    weights = count_weights(model)
+    assert weights.by_name == {"0.weight": (12, 9), "0.bias": (3, 1), "1.weight": (6, 6)}
+    assert (weights.parameters, weights.nonzeros) == (21, 16)
+
+
+def test_a_tied_tensor_counts_once():
+    tied, untied = (count_weights(tiny_llama(tie_word_embeddings=tie)) for tie in (True, False))
+    assert untied.parameters - tied.parameters == 96 * 32
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_count_as_what_they_stand_for(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    from hf_compress.quantization.bnb import load_quantized
+
+    model = tiny_llama(hidden=64)
+    model.save_pretrained(tmp_path)
+    packed = load_quantized(tmp_path, bits, AutoModelForCausalLM)
+    assert count_weights(packed).parameters == count_weights(model).parameters
+    assert bytes_on_disk(tmp_path) > 4 * count_weights(model).parameters
+
+
+def test_bytes_need_a_saved_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="save the model there first"):
+        bytes_on_disk(tmp_path)
+
+
+class Recorder(nn.Module):
+    """Notes in which order, mode and with which shapes it was called."""
+
+    def __init__(self, name, calls):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.name, self.calls = name, calls
+
+    def forward(self, x):
+        self.calls.append((self.name, tuple(x.shape), self.training, torch.is_grad_enabled()))
+
+
+def test_models_are_timed_in_turn_in_eval_mode_and_put_back():
+    calls = []
+    models = {name: Recorder(name, calls) for name in "ab"}
+    models["b"].eval()
+    found = compare_latency(models, {"x": torch.zeros(2, 5)}, runs=3, warmup=1)
+    assert calls == [("a", (2, 5), False, False), ("b", (2, 5), False, False)] * 4
+    assert models["a"].training
+    assert not models["b"].training
+    assert found["a"].runs == 3
+    assert found["a"].inputs == {"x": [2, 5]}
+    assert found["a"].threads == torch.get_num_threads()
+
+
+def test_the_slower_model_is_seen_to_be_slower():
+    # Fifty times the work: far above any noise.
+    models = {"small": nn.Linear(64, 64), "large": nn.Sequential(*[nn.Linear(64, 64)] * 200)}
+    found = compare_latency(models, {"input": torch.zeros(1, 64)}, runs=15)
+    assert found["large"].median_ms > 5 * found["small"].median_ms > 0
+    assert found["small"].p95_ms >= found["small"].median_ms
+
+
+@pytest.mark.parametrize("wrong", [{"runs": 0}, {"warmup": -1}])
+def test_impossible_runs_are_refused(wrong):
+    with pytest.raises(ValueError, match="at least"):
+        measure_latency(nn.Linear(1, 1), {"input": torch.zeros(1, 1)}, **wrong)
+
+
+def test_a_report_is_json_and_says_how_much_is_left():
+    model = tiny_bert()
+    latency = measure_latency(model, {"input_ids": IDS}, runs=3)
+    compressed = Measurement(
+        parameters=10, nonzeros=2, bytes=40, latency=latency, metrics={"accuracy": 0.9, "new": 1.0}
+    )
+    dense = Measurement(parameters=10, nonzeros=10, bytes=40, metrics={"accuracy": 0.96, "zero": 0})
+    report = CompressionReport(compressed=compressed, dense=dense, environment=environment())
+    assert report.recovery("accuracy") == pytest.approx(93.75)
+    assert report.recovery("new") is None
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["compressed"]["latency"]["inputs"] == {"input_ids": [1, 12]}
+    assert plain["compressed"]["peak_memory_bytes"] is None
+    assert plain["environment"]["versions"]["torch"] == torch.__version__
+    assert plain["environment"]["cpu"]
+
+
+def test_peak_memory_is_that_of_the_model(tmp_path):
+    model = tiny_bert()
+    model.resize_token_embeddings(1_000_000, mean_resizing=False)  # 128 MB
+    model.save_pretrained(tmp_path)
+    peak = peak_memory(tmp_path, "BertForSequenceClassification", {"input_ids": IDS})
+    assert 128e6 < peak < 500e6
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_load_says_why(tmp_path):
+    tiny_bert().save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="NoSuchClass"):
+        peak_memory(tmp_path, "NoSuchClass", {"input_ids": IDS})
+
+
+def test_peak_memory_needs_a_saved_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="save the model there first"):
+        peak_memory(tmp_path, "BertForSequenceClassification", {"input_ids": IDS})
