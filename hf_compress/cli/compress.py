@@ -1,0 +1,142 @@
+"""Prune and distil a model on a dataset: `hf-compress compress`, and `scripts/compress.py`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    set_seed,
+)
+from transformers.trainer_callback import TrainerCallback
+
+from hf_compress.callbacks.pruning import PruningCallback
+from hf_compress.cli.arguments import CompressArguments, parse
+from hf_compress.cli.data import label_names, load_splits, tokenized
+from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.distillation.layers import student_from_teacher
+from hf_compress.distillation.trainer import DistillationTrainer
+
+
+def main(argv: list[str]) -> None:
+    arguments, training = parse(argv)
+    check_ranks()
+    check_folder(training.output_dir)
+    trainer = build(arguments, training)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+
+
+def build(arguments: CompressArguments, training: DistillationArguments) -> Trainer:
+    """The trainer that these arguments describe, with everything checked that can be checked now."""
+    if arguments.sparsity is None and arguments.teacher is None:
+        raise ValueError("nothing to do: pass `sparsity`, `teacher`, or both.")
+    set_seed(training.seed)
+    callbacks: list[TrainerCallback] = []
+    if arguments.sparsity is not None:
+        callbacks.append(_pruning(arguments))
+    with training.main_process_first():
+        train, test = load_splits(arguments)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        classify = arguments.task == "text-classification"
+        names = label_names(train, arguments.label_column) if classify else None
+        train = tokenized(train, tokenizer, arguments, names)
+        test = tokenized(test, tokenizer, arguments, names)
+    settings: dict[str, Any] = {
+        "model": _model(arguments, names),
+        "args": training,
+        "train_dataset": train,
+        "eval_dataset": test,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+    }
+    if names is None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        settings["data_collator"] = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    else:
+        settings["data_collator"] = DataCollatorWithPadding(tokenizer)
+        settings["compute_metrics"] = accuracy
+    if arguments.teacher is None:
+        trainer = Trainer(**settings)
+        for callback in callbacks:
+            if isinstance(callback, PruningCallback):
+                callback.attach(trainer)
+        return trainer
+    return DistillationTrainer(
+        **settings, teacher=arguments.teacher, teacher_bits=arguments.teacher_bits
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    right = prediction.predictions.argmax(-1) == prediction.label_ids  # type: ignore[union-attr]
+    return {"accuracy": float(right.mean())}
+
+
+def check_ranks() -> None:
+    """Raises RuntimeError where several processes were launched that did not find each other."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and PartialState().num_processes == 1:
+        raise RuntimeError(
+            f"{launched} processes were launched, but each would train alone. On CPU pass --use_cpu."
+        )
+
+
+def check_folder(folder: str | None) -> None:
+    """Raises ValueError where `folder` cannot be written to, before any work is done for it."""
+    if folder is None:
+        raise ValueError("pass `output_dir`: the folder for the model.")
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to output_dir {folder!r}: {error.strerror}.") from None
+
+
+def _pruning(arguments: CompressArguments) -> PruningCallback:
+    assert arguments.sparsity is not None
+    return PruningCallback(
+        arguments.sparsity,
+        score=arguments.score,
+        scope=arguments.scope,  # type: ignore[arg-type]
+        schedule=arguments.schedule,
+        start=arguments.start,
+        end=arguments.end,
+        interval=arguments.interval,
+        targets=arguments.targets,
+        ignore=arguments.ignore,
+    )
+
+
+def _model(arguments: CompressArguments, names: list[str] | None) -> Any:
+    model: Any
+    if names is None:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            arguments.model,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            # A head made for other classes is made anew, and transformers says so.
+            ignore_mismatched_sizes=True,
+        )
+    if arguments.student_layers is not None:
+        model = student_from_teacher(model, arguments.student_layers)
+    return model

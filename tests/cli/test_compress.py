@@ -1,0 +1,186 @@
+"""The command on a small real slice: all-MiniLM-L6-v2 is too slow here, so a tiny BERT with its tokenizer
+learns from Reuters R8."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from hf_compress.cli.arguments import parse
+from hf_compress.cli.compress import main
+from hf_compress.samples import corpus, minilm
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    tokenizer.save_pretrained(folder)
+    names = corpus("reuters-r8")["train"].features["label"].names
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def flags(model, output):
+    settings = {
+        "model": model,
+        "dataset": "reuters-r8",
+        "output_dir": str(output),
+        "max_steps": 8,
+        "max_train_rows": 64,
+        "max_eval_rows": 32,
+        "max_length": 16,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "sparsity": 0.75,
+        "interval": 2,
+    }
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def sparsity_of(folder):
+    tensors = load_file(folder / "model.safetensors")
+    backbone = [n for n in tensors if ".layer." in n or ".pooler." in n]
+    targets = [tensors[n] for n in backbone if tensors[n].dim() == 2]
+    return sum(int((t == 0).sum()) for t in targets) / sum(t.numel() for t in targets)
+
+
+def test_prune_and_distil(model, tmp_path):
+    more = ["--student_layers", "2", "--teacher", model, "--alpha", "0.5"]
+    main([*flags(model, tmp_path), *more])
+    assert sparsity_of(tmp_path) == pytest.approx(0.75, abs=1e-3)
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert {"eval_accuracy", "eval_loss_kd", "eval_agreement"} <= set(results)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert history
+    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_rows_of_your_own_in_a_csv(model, tmp_path):
+    rows = corpus("reuters-r8")["train"].select(range(40))
+    names = rows.features["label"].names
+    rows = rows.map(lambda row: {"topic": names[row["label"]]}, remove_columns="label")
+    rows.to_csv(tmp_path / "rows.csv")
+    words = flags(model, tmp_path / "out")
+    words[words.index("--dataset") + 1] = str(tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match="no column 'label', only.*topic"):
+        main(words)
+    # The head of this model has 8 classes; the rows have fewer, so it is made anew.
+    main([*words, "--label_column", "topic"])
+    assert sparsity_of(tmp_path / "out") == pytest.approx(0.75, abs=1e-3)
+
+
+def test_flags_win_over_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparsity: 0.5\ntargets: [query, key]\nmodel: m\ndataset: d\noutput_dir: o\n")
+    compress, training = parse(["--config", str(recipe), "--sparsity", "0.25"])
+    assert (compress.sparsity, compress.targets, compress.model) == (0.25, ["query", "key"], "m")
+    assert training.output_dir == "o"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("sparsty: 0.5", "unknown keys.*sparsty"),
+        ("sparsity: [0.5", "not valid yaml"),
+        ("- sparsity", "name: value"),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path, recipe, message):
+    (tmp_path / "r.yaml").write_text(recipe)
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", str(tmp_path / "r.yaml")])
+
+
+def test_a_missing_recipe_and_a_wrong_type(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no recipe at"):
+        parse(["--config", str(tmp_path / "none.yaml")])
+    (tmp_path / "r.yaml").write_text("model: m\ndataset: d\noutput_dir: o\nsparsity: a lot")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(tmp_path / "r.yaml")])
+    assert "--sparsity: invalid float value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--sparsity", "80"), "pass 0.8"),
+        (("--eval_split", "train", "--max_eval_rows", "0"), "eval split.*is empty"),
+        (("--max_train_rows", "0"), "train split.*is empty"),
+        (("--train_split", "training"), "no split 'training'"),
+        (("--text_column", "words"), "no column 'words'"),
+        (("--schedule", "fast"), "allowed are"),
+        (("--student_layers", "9"), "pass 1 to 4"),
+    ],
+)
+def test_refusals(model, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        main([*flags(model, tmp_path), *change])
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to output_dir"):
+        main(flags(model, tmp_path / "file" / "out"))
+
+
+def test_nothing_to_do(model, tmp_path):
+    words = flags(model, tmp_path)
+    place = words.index("--sparsity")
+    with pytest.raises(ValueError, match="nothing to do"):
+        main(words[:place] + words[place + 2 :])
+
+
+def launch(words, *, use_cpu):
+    place = words.index("--use_cpu")
+    words = words if use_cpu else words[:place] + words[place + 2 :]
+    return subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_processes",
+                "2",
+            ),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--main_process_port", "0", str(ROOT / "scripts" / "compress.py"), *words),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+def test_two_processes_write_once(model, tmp_path):
+    run = launch(flags(model, tmp_path), use_cpu=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert sparsity_of(tmp_path) == pytest.approx(0.75, abs=1e-3)
+
+
+def test_processes_that_did_not_find_each_other_are_stopped(model, tmp_path):
+    run = launch(flags(model, tmp_path), use_cpu=False)
+    assert run.returncode != 0
+    assert "--use_cpu" in run.stderr
+    assert not list(tmp_path.glob("*.safetensors"))
