@@ -19,11 +19,13 @@ def main():
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--score", default="obd")
     parser.add_argument("--end", type=float, default=0.6)
-    parser.add_argument("--interval", type=int, default=10)
+    parser.add_argument("--interval", type=int)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--length", type=int, default=128, help="tokens for each row")
+    parser.add_argument("--dense_epochs", type=int, default=3)
     options = parser.parse_args()
-    tokenizer, train, test, names = r8.load()
-    folder = r8.dense(tokenizer, train, test, names)
+    tokenizer, train, test, names = r8.load(options.length)
+    folder = r8.dense(tokenizer, train, test, names, length=options.length, epochs=options.dense_epochs)
     with tempfile.TemporaryDirectory() as output:
         baseline = r8.trainer(r8.classifier(folder, names), output, tokenizer, train, test)
         result = {**vars(options), "dense": baseline.evaluate()["eval_accuracy"], "pruned": []}

@@ -14,16 +14,15 @@ from transformers import (
 from hf_compress.samples import corpus, minilm
 
 CACHE = Path(os.environ.get("HF_COMPRESS_CACHE", Path.home() / ".cache" / "hf_compress"))
-LENGTH = 128
 
 
-def load():
+def load(length):
     """Tokenizer, tokenized train and test split, label names."""
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     data = corpus("reuters-r8").rename_column("label", "labels")
     names = data["train"].features["labels"].names
     data = data.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=LENGTH),
+        lambda rows: tokenizer(rows["text"], truncation=True, max_length=length),
         batched=True,
         remove_columns="text",
     )
@@ -67,9 +66,9 @@ def classifier(folder, names):
     )
 
 
-def dense(tokenizer, train, test, names, epochs=3):
+def dense(tokenizer, train, test, names, *, length, epochs):
     """Folder of MiniLM fine-tuned on R8; trained once and kept in the cache."""
-    folder = CACHE / f"r8-dense-{epochs}-epochs"
+    folder = CACHE / f"r8-dense-{length}-tokens-{epochs}-epochs"
     if not (folder / "config.json").exists():
         fine = trainer(
             classifier(minilm(), names), CACHE / "tmp", tokenizer, train, test, num_train_epochs=epochs

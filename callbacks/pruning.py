@@ -35,7 +35,7 @@ class PruningCallback(CompressionCallback):
         progress in [0, 1].
     start, end: when the sparsity begins to rise and is reached: optimizer steps (int), or fractions
         of the training (float in [0, 1]). From `end` on the mask is fixed and the rest recovers.
-    interval: optimizer steps between two rankings.
+    interval: optimizer steps between two rankings; by default 10, less in short schedules.
     min_keep: fraction of each weight that a global ranking leaves in any case.
     targets, ignore: class names, module names or "re:" patterns, see
         `hf_compress.targets.find_targets`. By default the Linear and Conv1D layers and experts of
@@ -59,7 +59,7 @@ class PruningCallback(CompressionCallback):
         schedule: str | Shape = "cubic",
         start: int | float = 0.0,
         end: int | float = 0.6,
-        interval: int = 10,
+        interval: int | None = None,
         min_keep: float = 0.01,
         targets: str | Sequence[str] | None = None,
         ignore: str | Sequence[str] | None = None,

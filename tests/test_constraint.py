@@ -270,6 +270,19 @@ def test_in_a_bare_accelerate_loop():
     assert zeros == round(0.9 * 640)
 
 
+def test_a_short_schedule_has_ten_rankings():
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters())
+    pruner = Pruner(0.5, schedule="linear", end=20)
+    constrain(optimizer, weights(net), pruner)
+    seen = []
+    for step in range(40):
+        train(net, optimizer, 1, first=step, pruner=pruner)
+        seen.append(pruner.sparsity)
+    assert len(set(seen)) == 10 + 1  # and the nothing of the first step
+    assert seen[1] == pytest.approx(0.05)
+
+
 def test_a_loop_that_never_tells_the_time_is_told():
     net = network()
     optimizer = torch.optim.AdamW(net.parameters())

@@ -42,7 +42,7 @@ class CompressArguments:
     schedule: str = "cubic"
     start: float = field(default=0.0, metadata={"help": "Fraction of the training."})
     end: float = field(default=0.6, metadata={"help": "Fraction of the training."})
-    interval: int = 10
+    interval: int | None = None
     targets: list[str] | None = None
     ignore: list[str] | None = None
     teacher: str | None = field(

@@ -190,12 +190,16 @@ def _causal_lm(config: Any, labels: Tensor) -> Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A family of models: its name, the class that loads it, its classes, and its task."""
+    """A family of models: the class that loads it, the names of its classes, and its task.
+
+    predicts_labels: whether its outputs are the labels named in the config.
+    """
 
     name: str
     auto_class: Any
     class_names: frozenset[str]
     task: Callable[[Any, Tensor], Task]
+    predicts_labels: bool
 
 
 def _names(mapping: Mapping[str, Any], without: Iterable[str] = ()) -> frozenset[str]:
@@ -220,12 +224,14 @@ HEADS = (
         auto_class=AutoModelForSequenceClassification,
         class_names=_names(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
         task=_classification,
+        predicts_labels=True,
     ),
     Head(
         name="causal language modelling",
         auto_class=AutoModelForCausalLM,
         class_names=_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, without=_UNSHIFTED),
         task=_causal_lm,
+        predicts_labels=False,
     ),
 )
 

@@ -84,7 +84,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
         raise ValueError(f"The student's head is for {head.name}, the teacher's for {other.name}.")
     ours, theirs = without_adapters(student).config, without_adapters(teacher).config
     _check_equal("vocabulary", "entries", _vocabulary(ours), _vocabulary(theirs))
-    if head.name != "causal language modelling":
+    if head.predicts_labels:
         _check_equal("head", "labels", ours.num_labels, theirs.num_labels)
         _check_label_names(ours.id2label, theirs.id2label)
         if None not in (ours.problem_type, theirs.problem_type):

@@ -15,6 +15,7 @@ from hf_compress.pruning.select import count_kept, keep_highest
 from hf_compress.schedules import Schedule, Shape
 
 Scope = Literal["global", "layer"]
+INTERVAL = 10
 
 
 class Pruner(Constraint):
@@ -24,7 +25,8 @@ class Pruner(Constraint):
     score: "obd", "taylor" or "magnitude" (see `hf_compress.pruning.scores`).
     scope: "global" ranks the group as one, "layer" prunes each weight to the same sparsity.
     schedule, start, end: see `hf_compress.schedules.Schedule`.
-    interval: optimizer steps between two rankings.
+    interval: optimizer steps between two rankings; by default 10, less where the schedule is so short
+        that it would have fewer than ten of them.
     decay: of the moving averages in the score, in [0, 1).
     min_keep: fraction in [0, 1] of each weight that a global ranking leaves in any case.
 
@@ -50,7 +52,7 @@ class Pruner(Constraint):
         schedule: str | Shape = "cubic",
         start: int | float = 0.0,
         end: int | float = 0.6,
-        interval: int = 10,
+        interval: int | None = None,
         decay: float = 0.9,
         min_keep: float = 0.01,
     ) -> None:
@@ -59,7 +61,7 @@ class Pruner(Constraint):
             raise ValueError(f"`score` is {score!r}; allowed are {sorted(SCORES)}.")
         if scope not in get_args(Scope):
             raise ValueError(f"`scope` is {scope!r}; allowed are {list(get_args(Scope))}.")
-        if not isinstance(interval, int) or interval < 1:
+        if interval is not None and (not isinstance(interval, int) or interval < 1):
             raise ValueError(f"`interval` is {interval!r}: pass a number of steps, 1 or more.")
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"`decay` is {decay!r}; it lies in [0, 1).")
@@ -138,7 +140,8 @@ class Pruner(Constraint):
     def _last_ranking(self) -> tuple[int, float]:
         """The latest step up to now at which a ranking is due, and the sparsity due since."""
         start, end = self.schedule.span(self._max_steps)
-        step = self._step - max(self._step - start, 0) % self.interval
+        interval = self.interval or min(INTERVAL, max((end - start) // 10, 1))
+        step = self._step - max(self._step - start, 0) % interval
         if self._step >= end:
             step = end
         return step, max(self.schedule.value(step, self._max_steps), self._initial)

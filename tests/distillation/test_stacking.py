@@ -181,3 +181,20 @@ def test_a_quantized_base_with_adapters_learns_from_a_quantized_teacher(bits, tm
     assert trainer.teacher.is_quantized
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_student_as_it_was_can_teach_in_few_bits(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    student = tiny_bert(hidden=64)
+    trainer = DistillationTrainer(
+        student,
+        DistillationArguments(str(tmp_path), **QUIET),
+        train_dataset=classification_rows(),
+        teacher="self",
+        teacher_bits=bits,
+    )
+    trainer.train()
+    assert trainer.teacher.is_quantized
+    assert not student.config.to_dict().get("quantization_config")
+    assert trainer.state.log_history[0]["loss_kd"] > 0

@@ -124,6 +124,17 @@ def test_the_student_learns_what_only_the_teacher_knows(tmp_path):
     assert student.evaluate()["eval_agreement"] > max(0.8, first + 0.1)
 
 
+def test_mixed_precision_changes_the_loss_by_rounding_only(tmp_path):
+    logs = [
+        distil(tmp_path, tiny_bert(), tiny_bert(seed=1), bf16=bf16, logging_steps=1).state.log_history[
+            0
+        ]
+        for bf16 in (False, True)
+    ]
+    assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], rel=0.01)
+    assert logs[1]["loss"] != logs[0]["loss"]
+
+
 # The logs
 
 
