@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DummyOptim
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_compress.constraint import Constraint, constrain
 from hf_compress.pruning.pruner import Pruner
@@ -305,6 +307,9 @@ class ScheduleFree(torch.optim.SGD):
         ("packed", "packed as torch.uint8"),
         ("schedule-free", "schedule-free"),
         ("not an optimizer", "not a torch optimizer"),
+        ("ZeRO", "DeepSpeed.*use DDP or FSDP2"),
+        ("ZeRO, optimizer from its config", "DeepSpeed.*use DDP or FSDP2"),
+        ("layer-wise", "layer-wise optimizer"),
     ],
 )
 def test_refusals(case, message):
@@ -319,6 +324,13 @@ def test_refusals(case, message):
         parameters = weights(network())
     elif case == "packed":
         parameters = {"w": nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)}
+    elif case == "ZeRO":
+        Accelerator(cpu=True)  # the wrapper asks its state
+        optimizer = DeepSpeedOptimizerWrapper(optimizer)
+    elif case == "ZeRO, optimizer from its config":
+        optimizer = DummyOptim(list(net.parameters()))
+    elif case == "layer-wise":
+        optimizer = LayerWiseDummyOptimizer()
     elif case == "schedule-free":
         optimizer = ScheduleFree(net.parameters())
     else:

@@ -17,7 +17,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Te
     student, teacher: (..., classes) logits of any float type; the work is done in fp32 or better.
     temperature: > 0. T^2 is part of the value, so that the gradient keeps its size as T grows: for
     large T it tends to the centred difference of the logits divided by the number of classes.
-    Returns (...), >= 0. A class the teacher gives no probability (logit -inf) costs nothing.
+    Returns (...), >= 0 up to rounding. A class of teacher logit -inf costs nothing.
     """
     student_log = F.log_softmax(_precise(student) / temperature, dim=-1)
     teacher_log = F.log_softmax(_precise(teacher) / temperature, dim=-1)
@@ -30,7 +30,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Te
 def bernoulli_kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """T^2 * KL between two yes/no distributions given by their logits: one label of a multi-label head.
 
-    student, teacher: (...) logits, each an item of its own. Returns (...), >= 0.
+    student, teacher: (...) logits, each an item of its own. Returns (...), >= 0 up to rounding.
     """
     student, teacher = _precise(student) / temperature, _precise(teacher) / temperature
     yes = torch.sigmoid(teacher) * (F.logsigmoid(teacher) - F.logsigmoid(student))
