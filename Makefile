@@ -3,10 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint bench build setup
+.PHONY: test demo slow lint bench build setup
 
 test: .venv/ready
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+demo: .venv/ready
+	$(BIN)/python scripts/quickstart.py
 
 slow: .venv/ready
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow

@@ -7,9 +7,9 @@ import sys
 
 def main() -> None:
     """Entry point of the installed command."""
-    from hf_compress.cli import compress
+    from hf_compress.cli import compress, quickstart
 
-    commands = {"compress": compress.main}
+    commands = {"compress": compress.main, "quickstart": quickstart.main}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:
         raise SystemExit(

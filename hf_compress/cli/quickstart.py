@@ -1,0 +1,176 @@
+"""A real model compressed on real data, end to end, from packages alone.
+
+Fine-tunes all-MiniLM-L6-v2 on Reuters R8; trains a student of half its layers from it, with the
+teacher in 8 bit, while the student is pruned; saves it; reloads it in a fresh process that cannot
+import hf_compress, and evaluates it there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+
+from hf_compress.callbacks.pruning import PruningCallback
+from hf_compress.cli.compress import accuracy, check_folder
+from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.distillation.layers import student_from_teacher
+from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.measure import bytes_on_disk, compare_latency, count_weights
+from hf_compress.samples import corpus, minilm
+
+LENGTH = 64
+BATCH = 32
+
+# Runs with `python -I`: neither the checkout nor PYTHONPATH is on its path.
+_STRANGER = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+sys.path = [place for place in sys.path if "hf_compress" not in place]
+folder, rows = sys.argv[1], json.load(sys.stdin)
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+right = 0
+for start in range(0, len(rows["text"]), 64):
+    texts, labels = rows["text"][start:start + 64], rows["label"][start:start + 64]
+    batch = tokenizer(texts, truncation=True, max_length=%d, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        right += int((model(**batch).logits.argmax(-1) == torch.tensor(labels)).sum())
+assert "hf_compress" not in sys.modules
+print(right / len(rows["text"]))
+"""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", default="runs/quickstart")
+    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--teacher_epochs", type=float, default=1.0)
+    parser.add_argument("--student_epochs", type=float, default=2.0)
+    parser.add_argument("--rows", type=int, help="use so many training and test rows, for a quick look")
+    options = parser.parse_args(argv)
+    check_folder(options.output_dir)
+    folder = Path(options.output_dir)
+    set_seed(0)
+    # Refuses a wrong sparsity now rather than after the teacher is trained.
+    pruning = PruningCallback(options.sparsity)
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    raw = corpus("reuters-r8")
+    if options.rows:
+        raw = raw.shuffle(seed=0)
+        for split in raw:
+            raw[split] = raw[split].select(range(min(options.rows, len(raw[split]))))
+    names = raw["train"].features["label"].names
+    train, test = (_tokenized(raw[split], tokenizer) for split in ("train", "test"))
+
+    teacher = AutoModelForSequenceClassification.from_pretrained(
+        minilm(),
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    data: dict[str, Any] = {
+        "train_dataset": train,
+        "eval_dataset": test,
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "compute_metrics": accuracy,
+    }
+    tuning = Trainer(teacher, _arguments(folder, options.teacher_epochs, 1e-4), **data)
+    tuning.train()
+    dense = tuning.evaluate()["eval_accuracy"]
+    tuning.save_model(str(folder / "teacher"))
+
+    trainer = DistillationTrainer(
+        student_from_teacher(teacher, options.layers),
+        _arguments(folder, options.student_epochs, 3e-4),
+        teacher=str(folder / "teacher"),
+        teacher_bits=8,
+        callbacks=[pruning],
+        **data,
+    )
+    trainer.train()
+    trainer.save_model(str(folder / "student"))
+    reloaded = evaluate_as_a_stranger(folder / "student", raw["test"])
+
+    example = tokenizer(
+        raw["test"]["text"][:1], truncation=True, max_length=LENGTH, return_tensors="pt"
+    )
+    latency = compare_latency({"teacher": teacher, "student": trainer.model}, example)
+    rows = []
+    for name, model, score in (("teacher", teacher, dense), ("student", trainer.model, reloaded)):
+        weights = count_weights(model)
+        rows.append(
+            {
+                "accuracy": score,
+                "megabytes": bytes_on_disk(folder / name) / 1e6,
+                "parameters": weights.parameters,
+                "nonzeros": weights.nonzeros,
+                "latency_ms": latency[name].median_ms,
+            }
+        )
+    _print_table(*rows)
+
+
+def evaluate_as_a_stranger(folder: Path, test: Dataset) -> float:
+    """Accuracy of the saved model, by plain transformers in a fresh isolated process."""
+    rows = {"text": list(test["text"]), "label": list(test["label"])}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", _STRANGER % LENGTH, str(folder)],
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode != 0:
+        raise RuntimeError(f"the saved model does not load without hf_compress:\n{run.stderr[-2000:]}")
+    return float(run.stdout)
+
+
+def _tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return rows.map(
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=LENGTH),
+        batched=True,
+        remove_columns="text",
+        desc="Tokenizing",
+    ).rename_column("label", "labels")
+
+
+def _arguments(folder: Path, epochs: float, learning_rate: float) -> DistillationArguments:
+    return DistillationArguments(
+        str(folder / "training"),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=64,
+        warmup_steps=0.1,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        temperature=2.0,
+        alpha=0.5,
+        seed=0,
+    )
+
+
+def _print_table(teacher: dict[str, float], student: dict[str, float]) -> None:
+    print(f"\n{'':14}{'teacher':>14}{'student':>14}{'ratio':>9}")
+    for name, dense in teacher.items():
+        pattern = ",.0f" if name in ("parameters", "nonzeros") else ".4g"
+        cells = f"{dense:>14{pattern}}{student[name]:>14{pattern}}"
+        print(f"{name:14}{cells}{student[name] / dense:>9.3f}")
