@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hf_compress
+
+_SHOULD_BE_LOW = re.compile(r"(^|_)(loss|perplexity|wer|cer|mae|mse|rmse|error)(_|$)")
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,15 @@ class CompressionReport:
     environment: dict[str, Any]
 
     def recovery(self, metric: str) -> float | None:
-        """Compressed over dense in percent; None where the dense model was not measured, or is 0."""
+        """Compressed over dense in percent; dense over compressed for losses, error rates and
+        perplexity, which should be low. None where the dense model was not measured, or for x / 0.
+        """
         if self.dense is None or metric not in self.dense.metrics:
             return None
-        dense = self.dense.metrics[metric]
-        return 100 * self.compressed.metrics[metric] / dense if dense else None
+        above, below = self.compressed.metrics[metric], self.dense.metrics[metric]
+        if _SHOULD_BE_LOW.search(metric):
+            above, below = below, above
+        return 100 * above / below if below else None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -98,12 +98,20 @@ def test_a_report_is_json_and_says_how_much_is_left():
     model = tiny_bert()
     latency = measure_latency(model, {"input_ids": IDS}, runs=3)
     compressed = Measurement(
-        parameters=10, nonzeros=2, bytes=40, latency=latency, metrics={"accuracy": 0.9, "new": 1.0}
+        parameters=10,
+        nonzeros=2,
+        bytes=40,
+        latency=latency,
+        metrics={"accuracy": 0.9, "new": 1.0, "loss_task": 0.5, "zero": 1.0},
     )
-    dense = Measurement(parameters=10, nonzeros=10, bytes=40, metrics={"accuracy": 0.96, "zero": 0})
+    dense = Measurement(
+        parameters=10, nonzeros=10, bytes=40, metrics={"accuracy": 0.96, "loss_task": 0.4, "zero": 0.0}
+    )
     report = CompressionReport(compressed=compressed, dense=dense, environment=environment())
     assert report.recovery("accuracy") == pytest.approx(93.75)
     assert report.recovery("new") is None
+    assert report.recovery("zero") is None
+    assert report.recovery("loss_task") == pytest.approx(80)
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["compressed"]["latency"]["inputs"] == {"input_ids": [1, 12]}
     assert plain["compressed"]["peak_memory_bytes"] is None

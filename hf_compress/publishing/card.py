@@ -1,0 +1,186 @@
+"""The model card, written from `report.json` alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+NOT_MEASURED = "not measured"
+# Rows of the efficiency table: what is printed, and where it is in the measurement of a model.
+EFFICIENCY = {
+    "parameters": ("parameters",),
+    "non-zero parameters": ("nonzeros",),
+    "bytes on disk": ("bytes",),
+    "peak memory, bytes": ("peak_memory_bytes",),
+    "latency, median, ms": ("latency", "median_ms"),
+    "latency, 95th percentile, ms": ("latency", "p95_ms"),
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
+    """The whole README.md. report: what `publish` writes to `report.json`. pictures: file names."""
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters.update(paper=paper_link, cell=_cell)
+    template = files("hf_compress.publishing") / "templates" / "model_card.md"
+    body = environment.from_string(template.read_text(encoding="utf-8")).render(
+        report=report,
+        headline=_headline(report),
+        results=results_table(report),
+        efficiency=efficiency_table(report),
+        stored=_stored(report),
+        pruning=[m for m in report["recipe"]["methods"] if m.get("method") == "pruning"],
+        settings=[_settings(method) for method in report["recipe"]["methods"]],
+        skipped=_reasons(report["recipe"]["methods"]),
+        papers=_papers(report["recipe"]),
+        pictures=list(pictures),
+    )
+    return f"---\n{front_matter(report).to_yaml()}\n---\n\n{body}"
+
+
+def front_matter(report: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads. The scores are those of the compressed model only."""
+    dataset, base = report["dataset"], report["base_model"]
+    metrics = _own_metrics(report)
+    results = None
+    if dataset["name"] and report["pipeline_tag"] and metrics:
+        results = [
+            EvalResult(
+                task_type=report["pipeline_tag"],
+                dataset_type=dataset["name"],
+                dataset_name=dataset["name"],
+                dataset_split=dataset["split"],
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in metrics.items()
+        ]
+    extra = {"base_model_relation": report["relation"]} if base["id"] else {}
+    return ModelCardData(
+        model_name=report["name"] if results else None,
+        base_model=base["id"],
+        library_name="transformers",
+        pipeline_tag=report["pipeline_tag"],
+        license=report["license"]["id"],
+        license_name=report["license"]["name"],
+        tags=_tags(report),
+        datasets=[dataset["name"]] if dataset["name"] else None,
+        metrics=list(metrics) or None,
+        eval_results=results,
+        **extra,
+    )
+
+
+def results_table(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows of metric, dense, compressed, recovery in percent."""
+    dense = report["dense"]["metrics"] if report["dense"] else {}
+    return [
+        (
+            name,
+            _number(dense.get(name)),
+            _number(value),
+            f"{report['recovery'][name]:.2f}" if name in report["recovery"] else NOT_MEASURED,
+        )
+        for name, value in report["compressed"]["metrics"].items()
+    ]
+
+
+def efficiency_table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of quantity, dense, compressed."""
+    return [
+        (label, _number(lookup(report["dense"], path)), _number(lookup(report["compressed"], path)))
+        for label, path in EFFICIENCY.items()
+    ]
+
+
+def lookup(measurement: Mapping[str, Any] | None, path: tuple[str, ...]) -> Any:
+    """The value at `path`, None where any part of it was not measured."""
+    value: Any = measurement
+    for key in path:
+        value = None if value is None else value[key]
+    return value
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it is an `org/name` of the Hub and not a folder here, else None."""
+    if name is None or not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return None
+    return name
+
+
+def paper_link(paper: str) -> str:
+    """A link for the arXiv number in `paper`; other text as it is."""
+    found = re.search(r"\d{4}\.\d{4,5}", paper)
+    return f"https://huggingface.co/papers/{found[0]}" if found else paper
+
+
+def _own_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """Scores of the task: no losses, and nothing that is relative to another model."""
+    metrics = report["compressed"]["metrics"].items()
+    return {k: v for k, v in metrics if "loss" not in k and k != "agreement"}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    metric, dataset = report["metric"], report["dataset"]
+    if metric is None:
+        return "Its quality was not measured."
+    count = f" ({dataset['rows']:,} rows)" if dataset["rows"] is not None else ""
+    where = f" on {dataset['name']}{count}" if dataset["name"] else ""
+    score = f"It reaches {_number(report['compressed']['metrics'][metric])} {metric}{where}"
+    if metric not in report["recovery"]:
+        return f"{score}; the dense model was not measured."
+    dense = _number(report["dense"]["metrics"][metric])
+    return f"{score}; the dense model, {dense} (recovery {report['recovery'][metric]:.2f} %)."
+
+
+def _stored(report: Mapping[str, Any]) -> str:
+    dtypes = Counter(tensor["dtype"] for tensor in report["audit"]["tensors"].values())
+    return ", ".join(dtype for dtype, _ in dtypes.most_common())
+
+
+def _settings(method: Mapping[str, Any]) -> dict[str, str]:
+    # Lists of weights are in the report, and the pictures.
+    hidden = ("weights", "skipped", "paper")
+    return {key: str(value) for key, value in method.items() if key not in hidden}
+
+
+def _reasons(methods: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    reasons = Counter(reason for method in methods for reason in method.get("skipped", {}).values())
+    return dict(reasons.most_common())
+
+
+def _papers(recipe: Mapping[str, Any]) -> list[str]:
+    papers = [method["paper"] for method in recipe["methods"] if method.get("paper")]
+    if recipe["distillation"]:
+        papers.append(recipe["distillation"]["paper"])
+    return list(dict.fromkeys(papers))
+
+
+def _tags(report: Mapping[str, Any]) -> list[str]:
+    tags = ["hf-compress"]
+    if report["audit"]["target_sparsity"]:
+        tags += ["pruned", "sparse"]
+    if report["recipe"]["distillation"]:
+        tags.append("knowledge-distillation")
+    if report["quantized"]:
+        tags += ["quantized", "bitsandbytes", f"{report['quantized']}-bit"]
+    return tags
+
+
+def _cell(text: str) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")

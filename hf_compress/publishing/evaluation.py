@@ -1,0 +1,80 @@
+"""Two models, evaluated by one trainer on the same data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
+
+from hf_compress.metrics.functions import perplexity
+from hf_compress.publishing.recipe import bits_of, teacher_of
+
+# What Trainer measures about itself.
+_OF_THE_RUN = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+
+
+def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]]:
+    """A function of a model to what `trainer.evaluate` finds for it, without the prefix.
+
+    Of a distilling trainer's losses only the task's own is kept, and the agreement with the teacher
+    only for the other model. A causal language model gets a perplexity. A trainer without an eval
+    dataset, or None in its place, finds nothing.
+    """
+
+    def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        if trainer is None or trainer.eval_dataset is None:
+            return {}
+        own = trainer.model
+        compressed = trainer.accelerator.unwrap_model(own) is model
+        prefix = "eval" if compressed else "dense"
+        try:
+            if not compressed:
+                # The trainer's own loop, collator, metrics and precision, with another model in it.
+                trainer.model = model if bits_of(model) else model.to(trainer.args.device)
+            found = trainer.evaluate(metric_key_prefix=prefix)
+        finally:
+            trainer.model = own
+        scores = {
+            name.removeprefix(f"{prefix}_"): float(value)
+            for name, value in found.items()
+            if name.startswith(f"{prefix}_")
+        }
+        dropped = set(_OF_THE_RUN)
+        if teacher_of(trainer) is not None:
+            dropped |= {"loss", "loss_kd"} if compressed else {"loss", "loss_kd", "agreement"}
+        scores = {name: value for name, value in scores.items() if name not in dropped}
+        loss = scores.get("loss_task", scores.get("loss"))
+        if loss is not None and type(model).__name__.endswith("ForCausalLM"):
+            scores["perplexity"] = perplexity(loss)
+        return scores
+
+    return evaluate
+
+
+def first_batch(trainer: Any) -> dict[str, Tensor] | None:
+    """The first batch of the eval dataset without labels; None where there is none."""
+    if trainer is None or trainer.eval_dataset is None:
+        return None
+    name = next(iter(trainer.eval_dataset)) if isinstance(trainer.eval_dataset, dict) else None
+    batch = next(iter(trainer.get_eval_dataloader(name)))
+    return {k: v for k, v in batch.items() if torch.is_tensor(v) and k != "labels"}
+
+
+def accepted_by_all(models: Iterable[nn.Module], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those entries of `batch` that every model's forward names."""
+    signatures = [inspect.signature(model.forward).parameters for model in models]
+    return {k: v for k, v in batch.items() if all(k in names for names in signatures)}
+
+
+def rows(trainer: Any) -> int | None:
+    """Rows of the eval dataset, of all parts where it has several; None where they are unknown."""
+    if trainer is None or trainer.eval_dataset is None:
+        return None
+    data = trainer.eval_dataset
+    parts = list(data.values()) if isinstance(data, dict) else [data]
+    return sum(len(part) for part in parts) if all(map(has_length, parts)) else None

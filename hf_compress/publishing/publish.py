@@ -1,0 +1,263 @@
+"""One folder with the compressed model, its measured report and its card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modelcard import TASK_MAPPING
+
+from hf_compress.measure import (
+    CompressionReport,
+    Measurement,
+    compare_latency,
+    count_weights,
+    environment,
+    peak_memory,
+)
+from hf_compress.publishing.audit import Audit, audit
+from hf_compress.publishing.card import hub_id, render
+from hf_compress.publishing.evaluation import accepted_by_all, first_batch, rows, trainer_scores
+from hf_compress.publishing.folder import check_target, move_into_place, on_main_process, workplace
+from hf_compress.publishing.pictures import HISTORY, LAYERS, draw_history, draw_layers
+from hf_compress.publishing.recipe import Recipe, bits_of, precision_of, recipe_of, teacher_of
+from hf_compress.publishing.validate import check_license, validate
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What only the user can tell."""
+
+    name: str
+    base_model: str | None
+    dataset: str | None
+    split: str | None
+    metric: str | None
+    license: str | None
+    license_name: str | None
+
+
+def publish(
+    source: Any,
+    repo_id: str | None = None,
+    *,
+    folder: str | Path,
+    baseline: PreTrainedModel | None = None,
+    evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+    processing_class: Any = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    metric: str | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    memory: bool = False,
+    push: bool = False,
+) -> Path:
+    """Writes the model, `report.json`, `README.md` and pictures to `folder`, and returns it.
+
+    Every number comes from measurements made here, and from the written files, opened again. The
+    callbacks, the arguments and the teacher of a trainer tell how the model was made.
+
+    source: a Trainer after training, or a model.
+    repo_id: name of the model in the card, "org/name".
+    baseline: the dense model, measured in the same way; by default the teacher of a distilling
+        trainer. It is moved to the trainer's device.
+    evaluate: function of a model to its scores by name; by default what the trainer evaluates.
+    inputs: batch to time one forward pass of; by default the first of the trainer's eval dataset.
+    processing_class: tokenizer or processor to save; by default the trainer's.
+    base_model: hub id of the model it began with; by default the name in the config.
+    dataset, split: what was evaluated on, for the card.
+    metric: the score of the card's first sentence; by default the first that is no loss.
+    license, license_name: licence identifier of the Hub; "other" needs a name.
+    memory: measure the peak memory too, loading each model in a process of its own.
+
+    All is prepared beside `folder` and moved into place at the end. `folder` may hold an earlier
+    result of this function. On several ranks call it on each; the first one writes.
+
+    Raises before any work FileExistsError or OSError for a `folder` that cannot take it, ValueError
+    and TypeError for other arguments, NotImplementedError for `push`, FSDP and DeepSpeed. Raises
+    ValueError when the files are denser than was asked, or the card would not be true or valid.
+    """
+    if push:
+        raise NotImplementedError(
+            f"Pushing is not there yet. Publish to a folder, then: hf upload {repo_id} {folder}"
+        )
+    folder = Path(folder).absolute()
+    trainer = None if isinstance(source, nn.Module) else source
+    model = source if trainer is None else trainer.accelerator.unwrap_model(trainer.model)
+    baseline = baseline if baseline is not None else teacher_of(trainer)
+    _check(trainer, model, baseline, repo_id)
+    check_license(license, license_name)
+    on_main_process(lambda: check_target(folder))
+    try:
+        history = [] if trainer is None else list(trainer.state.log_history)
+        recipe = recipe_of(trainer)
+        if evaluate is None:
+            evaluate = trainer_scores(trainer)
+        scores = {"compressed": dict(evaluate(model))}
+        if baseline is not None:
+            scores["dense"] = dict(evaluate(baseline))
+        if metric is not None and metric not in scores["compressed"]:
+            raise ValueError(f"`metric` {metric!r} is none of {sorted(scores['compressed'])}.")
+        if inputs is None:
+            inputs = first_batch(trainer)
+        if processing_class is None and trainer is not None:
+            processing_class = trainer.processing_class
+        labels = _Labels(
+            repo_id or folder.name, base_model, dataset, split, metric, license, license_name
+        )
+
+        def write() -> None:
+            place = workplace(folder)
+            model.save_pretrained(place)
+            if processing_class is not None:
+                processing_class.save_pretrained(place)
+            found = audit(place, targets=recipe.targets)
+            recipe.check(found)
+            report = _report(labels, trainer, model, baseline, recipe, found) | {
+                "tokenizer": isinstance(processing_class, PreTrainedTokenizerBase),
+                "history": history,
+            }
+            measured = _measure(place, found, model, baseline, scores, inputs, memory)
+            _write(place, report | _results(measured, metric), found)
+            validate(place)
+            move_into_place(folder)
+
+        on_main_process(write)
+    finally:
+        on_main_process(lambda: shutil.rmtree(workplace(folder), ignore_errors=True))
+    return folder
+
+
+def _check(trainer: Any, model: Any, baseline: Any, repo_id: str | None) -> None:
+    if trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise NotImplementedError(
+            "The model is sharded: trainer.save_model(), and publish what `from_pretrained` loads."
+        )
+    for role, given in (("source", model), ("baseline", baseline)):
+        if given is not None and not isinstance(given, PreTrainedModel):
+            raise TypeError(
+                f"`{role}` must be a Transformers model, or a Trainer of one, got "
+                f"{type(given).__name__}. Merge adapters first: model.merge_and_unload()."
+            )
+    if baseline is model:
+        raise ValueError("`baseline` is the compressed model itself: pass the dense one.")
+    if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"`repo_id` must be 'org/name', got {repo_id!r}.")
+
+
+def _measure(
+    place: Path,
+    found: Audit,
+    model: PreTrainedModel,
+    baseline: PreTrainedModel | None,
+    scores: Mapping[str, dict[str, float]],
+    inputs: Mapping[str, Tensor] | None,
+    memory: bool,
+) -> CompressionReport:
+    """Both models in one run; the compressed one as it loads from `place`."""
+    models = {"compressed": _reopen(place, model)}
+    if baseline is not None:
+        models["dense"] = baseline
+    batch = accepted_by_all(models.values(), inputs or {})
+    latency = compare_latency(models, batch) if batch else {}
+
+    def measurement(side: str, folder: Path, files: Audit) -> Measurement:
+        packed = bits_of(models[side]) is not None
+        counts = count_weights(models[side]) if packed else files
+        name = type(models[side]).__name__
+        return Measurement(
+            parameters=counts.parameters,
+            nonzeros=counts.nonzeros,
+            bytes=files.file_bytes,
+            peak_memory_bytes=peak_memory(folder, name, batch) if memory and batch else None,
+            latency=latency.get(side),
+            metrics=scores[side],
+        )
+
+    dense = None
+    if baseline is not None:
+        # On the same disk, where there is room for a model.
+        with TemporaryDirectory(dir=place.parent, prefix=".") as folder:
+            baseline.save_pretrained(folder)
+            dense = measurement("dense", Path(folder), audit(folder))
+    return CompressionReport(
+        compressed=measurement("compressed", place, found), dense=dense, environment=environment()
+    )
+
+
+def _reopen(place: Path, model: PreTrainedModel) -> PreTrainedModel:
+    reopened: Any = type(model).from_pretrained(place)
+    if bits_of(model) is None:
+        return reopened.to(model.device)
+    from hf_compress.quantization.bnb import guard_cpu_kernels_
+
+    return guard_cpu_kernels_(reopened)
+
+
+def _report(
+    labels: _Labels,
+    trainer: Any,
+    model: PreTrainedModel,
+    baseline: PreTrainedModel | None,
+    recipe: Recipe,
+    found: Audit,
+) -> dict[str, Any]:
+    class_name = type(model).__name__
+    base = labels.base_model or model.config.name_or_path or None
+    return {
+        "name": labels.name,
+        "class_name": class_name,
+        "pipeline_tag": _pipeline_tag(class_name),
+        "base_model": {"id": hub_id(base), "name": hub_id(base) or (base and Path(base).name)},
+        "relation": "finetune" if bits_of(model) is None else "quantized",
+        "quantized": bits_of(model),
+        "license": {"id": labels.license, "name": labels.license_name},
+        "dataset": {"name": labels.dataset, "split": labels.split, "rows": rows(trainer)},
+        "dense_name": None if baseline is None else _describe(baseline, trainer),
+        "audit": found.to_dict(),
+        "recipe": asdict(recipe),
+    }
+
+
+def _results(measured: CompressionReport, metric: str | None) -> dict[str, Any]:
+    scores = measured.compressed.metrics
+    recovery = {name: measured.recovery(name) for name in scores}
+    return measured.to_dict() | {
+        "metric": metric or next((name for name in scores if "loss" not in name), None),
+        "recovery": {name: value for name, value in recovery.items() if value is not None},
+    }
+
+
+def _describe(baseline: PreTrainedModel, trainer: Any) -> str:
+    role = "the teacher" if baseline is teacher_of(trainer) else "the model before"
+    return f"{role}, {hub_id(baseline.config.name_or_path) or type(baseline).__name__} in {precision_of(baseline)}"
+
+
+def _pipeline_tag(class_name: str) -> str | None:
+    tasks: Any = TASK_MAPPING
+    for task, mapping in tasks.items():
+        for names in mapping.values():
+            if class_name in ([names] if isinstance(names, str) else names):
+                return task
+    return None
+
+
+def _write(place: Path, report: Mapping[str, Any], found: Audit) -> None:
+    drawn = {
+        HISTORY: draw_history(report["history"], place / HISTORY),
+        LAYERS: draw_layers({n: found.tensors[n].sparsity for n in found.targets}, place / LAYERS),
+    }
+    (place / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    card = render(report, pictures=[name for name, done in drawn.items() if done])
+    (place / "README.md").write_text(card, encoding="utf-8")
