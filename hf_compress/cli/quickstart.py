@@ -30,6 +30,7 @@ from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.layers import student_from_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.measure import bytes_on_disk, compare_latency, count_weights
+from hf_compress.publishing.publish import publish
 from hf_compress.samples import corpus, minilm
 
 LENGTH = 64
@@ -105,7 +106,15 @@ def main(argv: list[str]) -> None:
         **data,
     )
     trainer.train()
-    trainer.save_model(str(folder / "student"))
+    publish(
+        trainer,
+        folder=folder / "student",
+        baseline=teacher,
+        base_model="sentence-transformers/all-MiniLM-L6-v2",
+        dataset="reuters-r8",
+        split="test",
+        metric="accuracy",
+    )
     reloaded = evaluate_as_a_stranger(folder / "student", raw["test"])
 
     example = tokenizer(

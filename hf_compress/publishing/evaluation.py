@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers.trainer_utils import has_length
 from hf_compress.metrics.functions import perplexity
 from hf_compress.publishing.recipe import bits_of, teacher_of
 
-# What Trainer measures about itself.
-_OF_THE_RUN = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+# Names end so, also where the eval dataset has parts.
+_OF_THE_RUN = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]]:
@@ -44,10 +45,11 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
             for name, value in found.items()
             if name.startswith(f"{prefix}_")
         }
-        dropped = set(_OF_THE_RUN)
+        dropped: tuple[str, ...] = _OF_THE_RUN
         if teacher_of(trainer) is not None:
-            dropped |= {"loss", "loss_kd"} if compressed else {"loss", "loss_kd", "agreement"}
-        scores = {name: value for name, value in scores.items() if name not in dropped}
+            dropped += ("loss", "loss_kd") if compressed else ("loss", "loss_kd", "agreement")
+        pattern = re.compile(rf"(^|_)({'|'.join(dropped)})$")
+        scores = {name: value for name, value in scores.items() if not pattern.search(name)}
         loss = scores.get("loss_task", scores.get("loss"))
         if loss is not None and type(model).__name__.endswith("ForCausalLM"):
             scores["perplexity"] = perplexity(loss)

@@ -32,7 +32,7 @@ def draw_history(history: Sequence[Mapping[str, Any]], path: str | Path) -> bool
         right.plot(*zip(*loss, strict=True), color="tab:orange", label="training loss")
         right.set(ylabel="training loss")
         lines += right.lines
-    left.legend(handles=lines, loc="center right")
+    figure.legend(handles=lines, loc="outside upper center", ncols=2)
     figure.savefig(path)
     return True
 

@@ -241,7 +241,8 @@ def _results(measured: CompressionReport, metric: str | None) -> dict[str, Any]:
 
 def _describe(baseline: PreTrainedModel, trainer: Any) -> str:
     role = "the teacher" if baseline is teacher_of(trainer) else "the model before"
-    return f"{role}, {hub_id(baseline.config.name_or_path) or type(baseline).__name__} in {precision_of(baseline)}"
+    name = hub_id(baseline.config.name_or_path) or type(baseline).__name__
+    return f"{role}, {name} in {precision_of(baseline)}"
 
 
 def _pipeline_tag(class_name: str) -> str | None:
