@@ -45,13 +45,17 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
             for name, value in found.items()
             if name.startswith(f"{prefix}_")
         }
-        dropped: tuple[str, ...] = _OF_THE_RUN
+        dropped = list(_OF_THE_RUN)
+        causal = type(model).__name__.endswith("ForCausalLM")
         if teacher_of(trainer) is not None:
-            dropped += ("loss", "loss_kd") if compressed else ("loss", "loss_kd", "agreement")
+            dropped += ["loss", "loss_kd"] if compressed else ["loss", "loss_kd", "agreement"]
+        elif trainer.args.world_size > 1 and not causal:
+            # Trainer multiplies it by the number of processes where a head ignores the item count.
+            dropped.append("loss")
         pattern = re.compile(rf"(^|_)({'|'.join(dropped)})$")
         scores = {name: value for name, value in scores.items() if not pattern.search(name)}
         loss = scores.get("loss_task", scores.get("loss"))
-        if loss is not None and type(model).__name__.endswith("ForCausalLM"):
+        if loss is not None and causal:
             scores["perplexity"] = perplexity(loss)
         return scores
 
