@@ -44,16 +44,12 @@ class CompressionCallback(TrainerCallback, abc.ABC):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        self._forget_best(state)
+        if not self.finished:
+            state.best_metric = None
+            state.best_global_step = None
+            state.best_model_checkpoint = None
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        self._forget_best(state)
+    on_step_end = on_step_begin
 
     def on_log(
         self,
@@ -67,9 +63,3 @@ class CompressionCallback(TrainerCallback, abc.ABC):
         for row in (logs, state.log_history[-1] if state.log_history else None):
             if row is not None:
                 row.update(self.measurements())
-
-    def _forget_best(self, state: TrainerState) -> None:
-        if not self.finished:
-            state.best_metric = None
-            state.best_global_step = None
-            state.best_model_checkpoint = None

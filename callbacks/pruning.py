@@ -167,8 +167,11 @@ class PruningCallback(CompressionCallback):
         self._found = {name: 1 - kept[name] / param.numel() for name, param in parameters.items()}
         total = sum(param.numel() for param in parameters.values())
         zeros = total - sum(kept.values())
-        due = sum(round(pruner.schedule.final * pruner.total) for pruner in self._pruners)
-        if zeros < due and not (self.finished and self.scope == "layer" and zeros >= due - total):
+        due = sum(
+            pruner.pruned if pruner.finished else round(pruner.schedule.final * pruner.total)
+            for pruner in self._pruners
+        )
+        if zeros < due:
             logger.warning(
                 f"the model is {zeros / total:.4f} sparse, not {due / total:.4f} as asked: training "
                 f"ended at step {state.global_step} of {state.max_steps}, before the schedule did."

@@ -141,9 +141,10 @@ class Constraints:
                     f"{name} already has a {type(other).__name__} on this optimizer: one of a kind "
                     "for each weight. Use one with all settings, or give them other targets."
                 )
+        # First, since it may refuse: then nothing stays attached.
+        constraint.begin(members)
         self._groups.append((constraint, members))
         self._groups.sort(key=lambda group: group[0].order)
-        constraint.begin(members)
         for member in members:
             if constraint.needs_latent and "latent" not in member:
                 member["latent"] = member.param.detach().clone()

@@ -6,10 +6,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_peft_available
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _input_dim(module: nn.Module) -> int:
 
 def _head_modules(model: nn.Module) -> set[nn.Module]:
     """What is outside the backbone of a transformers model, and its output embeddings."""
-    inner = _without_adapters(model)
+    inner = without_adapters(model)
     if not isinstance(inner, PreTrainedModel):
         return set()
     output = inner.get_output_embeddings()
@@ -155,9 +157,14 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+def without_adapters(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model; any other model as it is."""
+    if is_peft_available():
+        from peft import PeftMixedModel, PeftModel
+
+        if isinstance(model, PeftModel | PeftMixedModel):
+            return model.get_base_model()
+    return model
 
 
 def _tied_parameters(model: nn.Module) -> set[nn.Parameter]:

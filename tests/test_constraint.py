@@ -285,6 +285,34 @@ def test_a_short_schedule_has_ten_rankings():
     assert seen[1] == pytest.approx(0.05)
 
 
+def test_each_layer_rounds_alone_and_the_schedule_still_ends():
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(3, 1, bias=False) for _ in range(5))
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-2)
+    pruner = Pruner(0.45, scope="layer", end=5)  # 1 of 3 in each: 5 of 15, where 0.45 of 15 is 7
+    constrain(optimizer, {str(i): layer.weight for i, layer in enumerate(layers)}, pruner)
+    for step in range(8):
+        optimizer.zero_grad()
+        sum(layer(torch.randn(4, 3)).square().sum() for layer in layers).backward()
+        pruner.at(step + 1, 8)
+        optimizer.step()
+    assert pruner.finished
+    assert [int((layer.weight == 0).sum()) for layer in layers] == [1] * 5
+
+
+def test_a_refused_constraint_leaves_nothing_attached():
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    late = Pruner(0.5, end=50)
+    late.at(0, 40)
+    with pytest.raises(ValueError, match="ends at step 50"):
+        constrain(optimizer, weights(net), late)
+    pruner = Pruner(0.5)
+    constrain(optimizer, weights(net), pruner)
+    train(net, optimizer, 40, pruner=pruner)
+    assert pruner.finished
+
+
 def test_a_loop_that_never_tells_the_time_is_told():
     net = network()
     optimizer = torch.optim.AdamW(net.parameters())

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from hf_compress.cli.data import label_names, load_splits, tokenized
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.layers import student_from_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.metrics import functions
 
 
 def main(argv: list[str]) -> None:
@@ -56,7 +58,7 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> Trai
         train = tokenized(train, tokenizer, arguments, names)
         test = tokenized(test, tokenizer, arguments, names)
     settings: dict[str, Any] = {
-        "model": _model(arguments, names),
+        "model": load_model(arguments, names),
         "args": training,
         "train_dataset": train,
         "eval_dataset": test,
@@ -69,7 +71,7 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> Trai
         settings["data_collator"] = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     else:
         settings["data_collator"] = DataCollatorWithPadding(tokenizer)
-        settings["compute_metrics"] = accuracy
+        settings["compute_metrics"] = compute_accuracy
     if arguments.teacher is None:
         trainer = Trainer(**settings)
         for callback in callbacks:
@@ -81,9 +83,9 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> Trai
     )
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    right = prediction.predictions.argmax(-1) == prediction.label_ids  # type: ignore[union-attr]
-    return {"accuracy": float(right.mean())}
+def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    chosen = np.argmax(prediction.predictions, axis=-1)
+    return {"accuracy": functions.accuracy(chosen, prediction.label_ids)}
 
 
 def check_ranks() -> None:
@@ -124,7 +126,7 @@ def _pruning(arguments: CompressArguments) -> PruningCallback:
     )
 
 
-def _model(arguments: CompressArguments, names: list[str] | None) -> Any:
+def load_model(arguments: CompressArguments, names: list[str] | None) -> Any:
     model: Any
     if names is None:
         model = AutoModelForCausalLM.from_pretrained(arguments.model)

@@ -1,8 +1,8 @@
 """A real model compressed on real data, end to end, from packages alone.
 
 Fine-tunes all-MiniLM-L6-v2 on Reuters R8; trains a student of half its layers from it, with the
-teacher in 8 bit, while the student is pruned; saves it; reloads it in a fresh process that cannot
-import hf_compress, and evaluates it there.
+teacher in 8 bit, while the student is pruned; publishes it to a folder; reloads it in a fresh process
+that cannot import hf_compress, and evaluates it there.
 """
 
 from __future__ import annotations
@@ -15,23 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    Trainer,
-    set_seed,
-)
+from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
 
 from hf_compress.callbacks.pruning import PruningCallback
-from hf_compress.cli.compress import accuracy, check_folder
+from hf_compress.cli.arguments import CompressArguments
+from hf_compress.cli.compress import check_folder, compute_accuracy, load_model
+from hf_compress.cli.data import label_names, load_splits, tokenized
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.layers import student_from_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
-from hf_compress.measure import bytes_on_disk, compare_latency, count_weights
 from hf_compress.publishing.publish import publish
-from hf_compress.samples import corpus, minilm
+from hf_compress.samples import minilm
 
 LENGTH = 64
 BATCH = 32
@@ -70,37 +64,31 @@ def main(argv: list[str]) -> None:
     set_seed(0)
     # Refuses a wrong sparsity now rather than after the teacher is trained.
     pruning = PruningCallback(options.sparsity)
-    tokenizer = AutoTokenizer.from_pretrained(minilm())
-    raw = corpus("reuters-r8")
-    if options.rows:
-        raw = raw.shuffle(seed=0)
-        for split in raw:
-            raw[split] = raw[split].select(range(min(options.rows, len(raw[split]))))
-    names = raw["train"].features["label"].names
-    train, test = (_tokenized(raw[split], tokenizer) for split in ("train", "test"))
-
-    teacher = AutoModelForSequenceClassification.from_pretrained(
-        minilm(),
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
+    arguments = CompressArguments(
+        model=minilm(),
+        dataset="reuters-r8",
+        max_length=LENGTH,
+        max_train_rows=options.rows,
+        max_eval_rows=options.rows,
     )
+    train, test = load_splits(arguments)
+    names = label_names(train, arguments.label_column)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    teacher = load_model(arguments, names)
     data: dict[str, Any] = {
-        "train_dataset": train,
-        "eval_dataset": test,
+        "train_dataset": tokenized(train, tokenizer, arguments, names),
+        "eval_dataset": tokenized(test, tokenizer, arguments, names),
         "processing_class": tokenizer,
         "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": accuracy,
+        "compute_metrics": compute_accuracy,
     }
     tuning = Trainer(teacher, _arguments(folder, options.teacher_epochs, 1e-4), **data)
     tuning.train()
-    dense = tuning.evaluate()["eval_accuracy"]
-    tuning.save_model(str(folder / "teacher"))
 
     trainer = DistillationTrainer(
         student_from_teacher(teacher, options.layers),
         _arguments(folder, options.student_epochs, 3e-4),
-        teacher=str(folder / "teacher"),
+        teacher=teacher,
         teacher_bits=8,
         callbacks=[pruning],
         **data,
@@ -111,29 +99,14 @@ def main(argv: list[str]) -> None:
         folder=folder / "student",
         baseline=teacher,
         base_model="sentence-transformers/all-MiniLM-L6-v2",
-        dataset="reuters-r8",
-        split="test",
+        dataset=arguments.dataset,
+        split=arguments.eval_split,
         metric="accuracy",
     )
-    reloaded = evaluate_as_a_stranger(folder / "student", raw["test"])
-
-    example = tokenizer(
-        raw["test"]["text"][:1], truncation=True, max_length=LENGTH, return_tensors="pt"
-    )
-    latency = compare_latency({"teacher": teacher, "student": trainer.model}, example)
-    rows = []
-    for name, model, score in (("teacher", teacher, dense), ("student", trainer.model, reloaded)):
-        weights = count_weights(model)
-        rows.append(
-            {
-                "accuracy": score,
-                "megabytes": bytes_on_disk(folder / name) / 1e6,
-                "parameters": weights.parameters,
-                "nonzeros": weights.nonzeros,
-                "latency_ms": latency[name].median_ms,
-            }
-        )
-    _print_table(*rows)
+    report = json.loads((folder / "student" / "report.json").read_text())
+    _print_table(report["dense"], report["compressed"])
+    reloaded = evaluate_as_a_stranger(folder / "student", test)
+    print(f"reloaded by plain transformers: accuracy {reloaded:.4g}")
 
 
 def evaluate_as_a_stranger(folder: Path, test: Dataset) -> float:
@@ -149,15 +122,6 @@ def evaluate_as_a_stranger(folder: Path, test: Dataset) -> float:
     if run.returncode != 0:
         raise RuntimeError(f"the saved model does not load without hf_compress:\n{run.stderr[-2000:]}")
     return float(run.stdout)
-
-
-def _tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    return rows.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=LENGTH),
-        batched=True,
-        remove_columns="text",
-        desc="Tokenizing",
-    ).rename_column("label", "labels")
 
 
 def _arguments(folder: Path, epochs: float, learning_rate: float) -> DistillationArguments:
@@ -177,9 +141,15 @@ def _arguments(folder: Path, epochs: float, learning_rate: float) -> Distillatio
     )
 
 
-def _print_table(teacher: dict[str, float], student: dict[str, float]) -> None:
+def _print_table(dense: dict[str, Any], compressed: dict[str, Any]) -> None:
+    rows = {
+        "accuracy": [model["metrics"]["accuracy"] for model in (dense, compressed)],
+        "megabytes": [model["bytes"] / 1e6 for model in (dense, compressed)],
+        "parameters": [model["parameters"] for model in (dense, compressed)],
+        "nonzeros": [model["nonzeros"] for model in (dense, compressed)],
+        "latency_ms": [model["latency"]["median_ms"] for model in (dense, compressed)],
+    }
     print(f"\n{'':14}{'teacher':>14}{'student':>14}{'ratio':>9}")
-    for name, dense in teacher.items():
+    for name, (teacher, student) in rows.items():
         pattern = ",.0f" if name in ("parameters", "nonzeros") else ".4g"
-        cells = f"{dense:>14{pattern}}{student[name]:>14{pattern}}"
-        print(f"{name:14}{cells}{student[name] / dense:>9.3f}")
+        print(f"{name:14}{teacher:>14{pattern}}{student:>14{pattern}}{student / teacher:>9.3f}")

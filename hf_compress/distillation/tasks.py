@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.utils import is_peft_available
 
 from hf_compress.distillation.losses import bernoulli_kl_divergence, kl_divergence, squared_error
+from hf_compress.targets import without_adapters
 
 Batch = Mapping[str, Tensor]
 
@@ -234,16 +234,6 @@ HEADS = (
         predicts_labels=False,
     ),
 )
-
-
-def without_adapters(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT model; any other model as it is."""
-    if is_peft_available():
-        from peft import PeftMixedModel, PeftModel
-
-        if isinstance(model, PeftModel | PeftMixedModel):
-            return model.get_base_model()
-    return model
 
 
 def head_of(model: nn.Module) -> Head:

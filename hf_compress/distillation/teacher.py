@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_compress.distillation.tasks import Head, head_of, without_adapters
+from hf_compress.distillation.tasks import Head, head_of
+from hf_compress.targets import without_adapters
 
 
 def snapshot(student: nn.Module) -> nn.Module:

@@ -15,8 +15,9 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
-from hf_compress.distillation.tasks import Sums, Task, head_of, without_adapters
+from hf_compress.distillation.tasks import Sums, Task, head_of
 from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher, snapshot
+from hf_compress.targets import without_adapters
 
 logger = logging.getLogger(__name__)
 

@@ -80,7 +80,7 @@ class Pruner(Constraint):
         """Weights of the group that are pruned now."""
         self.finished = False
         """Whether the schedule has ended and its target was reached: the mask is fixed."""
-        self._initial = 0.0
+        self._floors: list[int] = []
 
     def at(self, step: int, max_steps: int) -> None:
         """The coming optimizer step is number `step` (from 1) of `max_steps`."""
@@ -101,9 +101,12 @@ class Pruner(Constraint):
                 member["mask"] = member.param != 0
             elif member["mask"].dtype != torch.bool:
                 member["mask"] = member["mask"] != 0
-        self.total = sum(member.param.numel() for member in members)
-        self.pruned = self.total - sum(count_kept(member["mask"]) for member in members)
-        self._initial = self.sparsity
+        self._floors = [
+            _size(group) - sum(count_kept(member["mask"]) for member in group)
+            for group in self._ranked_together(members)
+        ]
+        self.total = _size(members)
+        self.pruned = sum(self._floors)
         self._freeze_if_finished(members)
         if SCORES[self.score].accumulate is not None and not self.finished:
             for member in members:
@@ -123,28 +126,34 @@ class Pruner(Constraint):
             raise RuntimeError(
                 "tell the pruner the time before each step: `pruner.at(step, max_steps)`."
             )
-        step, sparsity = self._last_ranking()
-        groups = [members] if self.scope == "global" else [[member] for member in members]
-        pruned = [round(sparsity * _size(group)) for group in groups]
+        due = self._due(members)
         # Not only at the ranking steps: an fp16 overflow may have skipped one.
-        if not self.finished and (self._step == step or self.pruned != sum(pruned)):
-            for group, count in zip(groups, pruned, strict=True):
-                self._rank(group, count)
-            self.pruned = sum(pruned)
+        if not self.finished and (self._step == self._last_ranking() or self.pruned != sum(due)):
+            for group, pruned in zip(self._ranked_together(members), due, strict=True):
+                self._rank(group, pruned)
+            self.pruned = sum(due)
             self._freeze_if_finished(members)
 
     def project_(self, members: Sequence[Member]) -> None:
         for member in members:
             local(member.param).mul_(local(member["mask"]))
 
-    def _last_ranking(self) -> tuple[int, float]:
-        """The latest step up to now at which a ranking is due, and the sparsity due since."""
+    def _ranked_together(self, members: Sequence[Member]) -> list[Sequence[Member]]:
+        return [members] if self.scope == "global" else [[member] for member in members]
+
+    def _due(self, members: Sequence[Member]) -> list[int]:
+        """How many weights of each ranking are to be pruned since the last one."""
+        sparsity = self.schedule.value(self._last_ranking(), self._max_steps)
+        groups = zip(self._ranked_together(members), self._floors, strict=True)
+        return [max(round(sparsity * _size(group)), floor) for group, floor in groups]
+
+    def _last_ranking(self) -> int:
+        """The latest step up to now at which a ranking is due."""
         start, end = self.schedule.span(self._max_steps)
         interval = self.interval or min(INTERVAL, max((end - start) // 10, 1))
-        step = self._step - max(self._step - start, 0) % interval
         if self._step >= end:
-            step = end
-        return step, max(self.schedule.value(step, self._max_steps), self._initial)
+            return end
+        return self._step - max(self._step - start, 0) % interval
 
     def _rank(self, members: Sequence[Member], pruned: int) -> None:
         # The parameter holds the latent weight here.
@@ -164,7 +173,7 @@ class Pruner(Constraint):
         if self._max_steps == 0:  # nobody has told the time yet
             return
         _, end = self.schedule.span(self._max_steps)
-        self.finished = self._step >= end and self.sparsity >= self.schedule.final - 1 / self.total
+        self.finished = self._step >= end and self.pruned == sum(self._due(members))
         if self.finished:
             for member in members:
                 if "average" in member:
