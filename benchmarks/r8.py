@@ -40,6 +40,7 @@ def trainer(model, output, tokenizer, train, test, callbacks=None, seed=0, **arg
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
         "warmup_steps": 0.1,
+        "train_sampling_strategy": "group_by_length",  # a third less padding
         "save_strategy": "no",
         "logging_steps": 20,
         "report_to": "none",
