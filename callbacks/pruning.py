@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_compress.callbacks.base import CompressionCallback
-from hf_compress.constraint import Constraints, constrain
+from hf_compress.constraint import Constraints, constrain, is_constrained
 from hf_compress.pruning.plan import Plan
 from hf_compress.pruning.pruner import Pruner, Scope, check_sparsity
 from hf_compress.pruning.scores import SCORES
@@ -46,7 +46,7 @@ class PruningCallback(CompressionCallback):
     checkpoint gives the same weights as never having stopped.
 
     Raises ValueError when made with a value out of range, and when training begins: for targets that
-    match nothing, a schedule that cannot finish, FSDP1, DeepSpeed, layer-wise or schedule-free
+    match nothing, a schedule that cannot finish, a checkpoint without its state, FSDP1, DeepSpeed, layer-wise or schedule-free
     optimizers, models packed by bitsandbytes or whose weights are frozen under adapters.
     """
 
@@ -141,6 +141,8 @@ class PruningCallback(CompressionCallback):
         self._pruners = [self._pruner(fraction) for fraction in self._fractions().values()]
         for pruner, parameters in zip(self._pruners, self._groups(model), strict=True):
             pruner.at(state.global_step, state.max_steps)
+            if state.global_step > 0 and not is_constrained(optimizer, parameters):
+                self._refuse_to_begin_late(pruner, state)
             self._constraints = constrain(optimizer, parameters, pruner)
 
     def on_pre_optimizer_step(
@@ -175,6 +177,14 @@ class PruningCallback(CompressionCallback):
             logger.warning(
                 f"the model is {zeros / total:.4f} sparse, not {due / total:.4f} as asked: training "
                 f"ended at step {state.global_step} of {state.max_steps}, before the schedule did."
+            )
+
+    def _refuse_to_begin_late(self, pruner: Pruner, state: TrainerState) -> None:
+        if pruner.schedule.value(state.global_step, state.max_steps) > 0.0:
+            raise ValueError(
+                f"the checkpoint of step {state.global_step} knows nothing of this pruning: its "
+                "optimizer.pt is missing, or it was saved without the callback. Resume from another "
+                f"one, or let the schedule begin there: start={state.global_step}."
             )
 
     def _detach(self) -> None:

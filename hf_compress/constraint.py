@@ -227,6 +227,15 @@ def constrain(
     return constraints
 
 
+def is_constrained(
+    optimizer: Optimizer | AcceleratedOptimizer, parameters: Mapping[str, nn.Parameter]
+) -> bool:
+    """Whether the optimizer holds state of a constraint on any of `parameters`: after a resume, whether
+    its checkpoint did."""
+    state = torch_optimizer(optimizer).state
+    return any(str(key).startswith(PREFIX) for p in parameters.values() for key in state.get(p, {}))
+
+
 def torch_optimizer(optimizer: object) -> Optimizer:
     """The torch optimizer under Accelerate's wrapper; ValueError where there is none to hook."""
     if isinstance(optimizer, (DeepSpeedOptimizerWrapper, DummyOptim)):

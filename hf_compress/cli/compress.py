@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -33,6 +36,8 @@ def main(argv: list[str]) -> None:
     arguments, training = parse(argv)
     check_ranks()
     check_folder(training.output_dir)
+    if training.resume_from_checkpoint is not None:
+        check_checkpoint(training.resume_from_checkpoint)
     trainer = build(arguments, training)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
@@ -109,6 +114,25 @@ def check_folder(folder: str | None) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {folder!r}: {error.strerror}.") from None
+
+
+def check_checkpoint(folder: str) -> None:
+    """Raises ValueError where a checkpoint to resume from lacks a file or has a broken one."""
+    if not (Path(folder) / "trainer_state.json").is_file():
+        raise ValueError(f"no checkpoint to resume from at {folder!r}: it has no trainer_state.json.")
+    for file in sorted(Path(folder).rglob("*")):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            elif file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+                raise ValueError("no zip archive, as torch.save writes it")
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): resume from an earlier checkpoint, or begin anew."
+            ) from None
 
 
 def _pruning(arguments: CompressArguments) -> PruningCallback:

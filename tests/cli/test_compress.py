@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,47 @@ def test_a_folder_that_cannot_be_written_is_refused(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to output_dir"):
         main(flags(model, tmp_path / "file" / "out"))
+
+
+def break_off(name):
+    def do(checkpoint):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+
+    return do
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stopped")
+    main([*flags(model, output), "--save_strategy", "steps", "--save_steps", "4"])
+    return output / "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_off("model.safetensors"), "model.safetensors is damaged"),
+        (break_off("optimizer.pt"), "optimizer.pt is damaged"),
+        (break_off("trainer_state.json"), "trainer_state.json is damaged"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "no checkpoint to resume from"),
+        # Trainer itself would go on with a fresh optimizer.
+        (lambda folder: (folder / "optimizer.pt").unlink(), "knows nothing of this pruning"),
+    ],
+)
+def test_a_corrupt_checkpoint_is_refused(model, checkpoint, tmp_path, damage, message):
+    copy = tmp_path / "checkpoint-4"
+    shutil.copytree(checkpoint, copy)
+    damage(copy)
+    with pytest.raises(ValueError, match=message):
+        main([*flags(model, tmp_path / "out"), "--resume_from_checkpoint", str(copy)])
+
+
+def test_resumes_to_the_same_weights(model, checkpoint, tmp_path):
+    main([*flags(model, tmp_path / "out"), "--resume_from_checkpoint", str(checkpoint)])
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    straight = load_file(checkpoint.parent / "model.safetensors")
+    assert all(resumed[name].equal(weight) for name, weight in straight.items())
 
 
 def test_nothing_to_do(model, tmp_path):
