@@ -46,8 +46,9 @@ class PruningCallback(CompressionCallback):
     checkpoint gives the same weights as never having stopped.
 
     Raises ValueError when made with a value out of range, and when training begins: for targets that
-    match nothing, a schedule that cannot finish, a checkpoint without its state, FSDP1, DeepSpeed, layer-wise or schedule-free
-    optimizers, models packed by bitsandbytes or whose weights are frozen under adapters.
+    match nothing, a schedule that cannot finish, a checkpoint without its state, FSDP1, DeepSpeed,
+    layer-wise or schedule-free optimizers, models packed by bitsandbytes or whose weights are frozen
+    under adapters.
     """
 
     def __init__(
