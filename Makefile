@@ -27,6 +27,8 @@ build: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/accuracy_r8_prune90.py
 
 setup: .venv/ready
 

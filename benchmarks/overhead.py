@@ -2,13 +2,17 @@
 
 python benchmarks/overhead.py --steps 20
 
-Both trainings run in this process, their steps in turn, so that whatever slows the machine slows both.
-Medians of the step times while the schedule runs. Prints JSON.
+For the time both trainings run in one process, their steps in turn, so that whatever slows the machine
+slows both; medians while the schedule runs, and the time of the steps that rank. For the memory each
+trains in a process of its own, since the peak of a process never falls. Prints JSON.
 """
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -19,6 +23,9 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from hf_compress import PruningCallback
 from hf_compress.samples import minilm
+
+INTERVAL = 10
+KINDS = ("bare", "pruned")
 
 
 class Turns(TrainerCallback):
@@ -37,9 +44,59 @@ class Turns(TrainerCallback):
         self.other.release()
 
 
-def rows(count, length):
-    ids = torch.randint(1000, 30000, (count, length))
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 8).tolist()})
+def trainer(kind, folder, options, callbacks=()):
+    ids = torch.randint(1000, 30000, (options.batch * options.steps, options.length))
+    pruning = [PruningCallback(0.9, end=1.0, interval=INTERVAL)] if kind == "pruned" else []
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 8).tolist()})
+    return Trainer(
+        BertForSequenceClassification.from_pretrained(minilm(), num_labels=8),
+        TrainingArguments(
+            f"{folder}/{kind}",
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_dict(
+            {"input_ids": ids.tolist(), "labels": (ids[:, 0] % 8).tolist()}
+        ),
+        callbacks=[*pruning, *callbacks],
+    )
+
+
+def times(options):
+    first, second = threading.Semaphore(1), threading.Semaphore(0)
+    turns = {"bare": Turns(first, second), "pruned": Turns(second, first)}
+    with tempfile.TemporaryDirectory() as folder:
+        threads = [
+            threading.Thread(target=trainer(kind, folder, options, [turns[kind]]).train)
+            for kind in KINDS
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    # The first two steps allocate.
+    median = {kind: statistics.median(turn.seconds[2:]) for kind, turn in turns.items()}
+    total = {kind: sum(turn.seconds[2:]) for kind, turn in turns.items()}
+    ranking = statistics.median(turns["pruned"].seconds[INTERVAL - 1 :: INTERVAL])
+    return {
+        "median_seconds": median,
+        "time_ratio_of_medians": median["pruned"] / median["bare"],
+        "time_ratio_of_sums": total["pruned"] / total["bare"],
+        "median_seconds_of_ranking_steps": ranking,
+    }
+
+
+def peak(kind, options):
+    command = [sys.executable, __file__, "--peak", kind]
+    command += [f"--{name}={getattr(options, name)}" for name in ("batch", "length")]
+    run = subprocess.run(
+        [*command, f"--steps={INTERVAL + 2}"], capture_output=True, check=True, text=True
+    )
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def main():
@@ -47,50 +104,25 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    data = rows(options.batch * options.steps, options.length)
-    first, second = threading.Semaphore(1), threading.Semaphore(0)
-    turns = {"bare": Turns(first, second), "pruned": Turns(second, first)}
-    with tempfile.TemporaryDirectory() as folder:
-        trainers = {
-            name: Trainer(
-                BertForSequenceClassification.from_pretrained(minilm(), num_labels=8),
-                TrainingArguments(
-                    f"{folder}/{name}",
-                    max_steps=options.steps,
-                    per_device_train_batch_size=options.batch,
-                    save_strategy="no",
-                    report_to="none",
-                    disable_tqdm=True,
-                    use_cpu=True,
-                ),
-                train_dataset=data,
-                callbacks=[*([PruningCallback(0.9, end=1.0)] if name == "pruned" else []), turn],
-            )
-            for name, turn in turns.items()
-        }
-        threads = [threading.Thread(target=trainer.train) for trainer in trainers.values()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    median = {name: statistics.median(turn.seconds[2:]) for name, turn in turns.items()}
-    model = trainers["pruned"].model
-    state = trainers["bare"].optimizer.state
-    kept = sum(t.numel() * t.element_size() for s in state.values() for t in s.values())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(
-        json.dumps(
-            {
-                **vars(options),
-                "median_seconds": median,
-                "time_ratio": median["pruned"] / median["bare"],
-                "bytes_of_weights_and_optimizer": weights + kept,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            }
-        )
-    )
+    if options.peak:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer(options.peak, folder, options).train()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    memory = {kind: peak(kind, options) for kind in KINDS}
+    result = {
+        "batch": options.batch,
+        "length": options.length,
+        "steps": options.steps,
+        **times(options),
+        "peak_bytes": memory,
+        "memory_ratio": memory["pruned"] / memory["bare"],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

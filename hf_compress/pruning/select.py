@@ -62,7 +62,8 @@ def keep_highest(
 
 def count_kept(mask: Tensor) -> int:
     """Number of weights that `mask` keeps, over all ranks."""
-    return _total(int(local(mask).sum()), mask)
+    # `sum` would make an int64 copy of the mask first.
+    return _total(int(torch.count_nonzero(local(mask))), mask)
 
 
 def _keep_highest(formula: Callable[..., Tensor], inputs: Sequence[Inputs], kept: int) -> list[Tensor]:
