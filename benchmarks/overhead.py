@@ -59,9 +59,7 @@ def trainer(kind, folder, options, callbacks=()):
             disable_tqdm=True,
             use_cpu=True,
         ),
-        train_dataset=Dataset.from_dict(
-            {"input_ids": ids.tolist(), "labels": (ids[:, 0] % 8).tolist()}
-        ),
+        train_dataset=rows,
         callbacks=[*pruning, *callbacks],
     )
 

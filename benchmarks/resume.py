@@ -62,9 +62,7 @@ def trainer(folder, optimizer, precision, accumulation, stop):
             disable_tqdm=True,
             use_cpu=True,
         ),
-        train_dataset=Dataset.from_dict(
-            {"input_ids": ids.tolist(), "labels": (ids[:, 0] % 2).tolist()}
-        ),
+        train_dataset=rows,
         callbacks=[PruningCallback(0.8, end=0.9, interval=2), StopAt(stop)],
     )
 
