@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--teacher_epochs", type=float, default=1.0)
-    parser.add_argument("--student_epochs", type=float, default=2.0)
+    parser.add_argument("--student_epochs", type=float, default=1.5)
     parser.add_argument("--rows", type=int, help="use so many training and test rows, for a quick look")
     options = parser.parse_args(argv)
     check_folder(options.output_dir)
