@@ -1,0 +1,96 @@
+"""What one-shot pruning needs, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from accelerate.utils import has_offloaded_params
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from hf_compress.pruning.block_inputs import Seen, is_stacked, owner_of
+from hf_compress.pruning.calibration import Batch, padding_mask
+from hf_compress.pruning.pruner import check_sparsity
+from hf_compress.targets import Selection, Target
+
+logger = logging.get_logger(__name__)
+
+
+def parse_pattern(pattern: str, sparsity: float | None) -> tuple[tuple[int, int] | None, float]:
+    """(n, m) of "N:M", None for "unstructured"; and the sparsity that it makes."""
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    if pattern == "unstructured":
+        if sparsity is None:
+            raise ValueError("give `sparsity`, the fraction of the weights that become zero, like 0.5.")
+        return None, sparsity
+    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    if found is None or not 0 < int(found[1]) < int(found[2]):
+        raise ValueError(f"`pattern` is {pattern!r}; it is 'unstructured', or 'N:M' such as '2:4'.")
+    n, m = int(found[1]), int(found[2])
+    if sparsity is not None and not math.isclose(sparsity, 1 - n / m):
+        raise ValueError(
+            f"`sparsity` is {sparsity!r}, but {pattern} makes {1 - n / m:.4g}: leave `sparsity` out."
+        )
+    return (n, m), 1 - n / m
+
+
+def check_targets(model: nn.Module, selection: Selection, n_of_m: tuple[int, int] | None) -> None:
+    for name, target in selection.targets.items():
+        owner, param = model.get_submodule(owner_of(target)), target.param
+        stacked = "Experts" in type(owner).__name__
+        if not (stacked or isinstance(owner, (nn.Linear, Conv1D))):
+            raise ValueError(
+                f"`{name}` belongs to a {type(owner).__name__}: only Linear, Conv1D and stacked "
+                f"experts can be pruned in one shot. Leave it out: `ignore=[{name!r}]`."
+            )
+        if stacked and vars(owner).get("is_transposed"):
+            raise ValueError(
+                f"`{name}` holds experts as (in, out), which cannot be pruned in one shot yet. "
+                f"Leave it out: `ignore=[{name!r}]`."
+            )
+        if isinstance(param, DTensor):
+            raise ValueError(f"`{name}` is sharded: prune the model before it is distributed.")
+        if param.is_meta and not has_offloaded_params(owner):
+            raise ValueError(f"`{name}` is on the meta device: load the weights of the model first.")
+        if not (param.is_meta or bool(param.isfinite().all())):
+            raise ValueError(f"`{name}` holds NaN or infinity: there is nothing to rank it by.")
+        width = param.shape[target.input_dim]
+        if n_of_m is not None and width % n_of_m[1]:
+            raise ValueError(
+                f"`{name}` has {width} input features, which groups of {n_of_m[1]} do not divide. "
+                f"Leave it out: `ignore=[{name!r}]`."
+            )
+
+
+def check_experts(batches: Sequence[Batch], selection: Selection) -> None:
+    stacked = [name for name, target in selection.targets.items() if is_stacked(target)]
+    for index, batch in enumerate(batches):
+        if stacked and padding_mask(batch, "attention_mask") is not None:
+            raise ValueError(
+                f"calibration batch {index} has padding, which cannot be told apart inside the experts "
+                f"of `{stacked[0]}`: give full rows, or leave the experts out with `ignore`."
+            )
+
+
+def check_seen(target: Target, seen: Sequence[Seen]) -> None:
+    if any(inputs.total is not None and not inputs.total.isfinite().all() for inputs in seen):
+        raise ValueError(
+            f"the inputs of `{target.name}` are NaN or infinite. If the model is in float16, load it "
+            "in bfloat16 or float32."
+        )
+    unseen = [expert for expert, inputs in enumerate(seen) if not inputs.positions]
+    if len(unseen) == len(seen):
+        raise ValueError(
+            f"the inputs of `{target.name}` cannot be seen: it is used by other means than a Linear, a "
+            f"Conv1D or `nn.functional.linear`. Leave it out: `ignore=[{target.name!r}]`."
+        )
+    if unseen:
+        logger.warning(
+            f"`{target.name}`: no position of the calibration is routed to experts {unseen}; they are "
+            "ranked by magnitude. More calibration reaches more experts."
+        )

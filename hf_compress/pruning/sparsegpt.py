@@ -1,0 +1,90 @@
+"""SparseGPT: prunes column after column, and lets the columns that follow make up for the error.
+
+Frantar and Alistarh 2023, arXiv:2301.00774.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_compress.pruning.patterns import keep_n_of_m
+from hf_compress.pruning.select import keep_highest
+
+
+def sparsegpt(
+    weight: Tensor,
+    factor: Tensor,
+    *,
+    sparsity: float,
+    n_of_m: tuple[int, int] | None = None,
+    block_size: int = 128,
+) -> Tensor:
+    """The pruned weight (out, in), its kept entries updated so that the layer's output stays near.
+
+    weight: (out, in), fp32. factor: (in, in), from `inverse_factor`.
+    sparsity: fraction in [0, 1) that is pruned, exactly round(sparsity * weight.numel()) entries. In
+        each block of columns those of the lowest w^2 / [H^-1]_jj, H over the columns from j on.
+    n_of_m: (n, m) keeps the n best of each m neighbours instead, and `sparsity` is not read.
+    block_size: columns among which entries compete; a multiple of m.
+    """
+    # Columns as rows: each step then reads and writes memory in one piece.
+    columns = weight.t().clone(memory_format=torch.contiguous_format)  # (in, out)
+    width, rows = columns.shape
+    scales = factor.diagonal()[:, None]  # (in, 1): the square root of [H^-1]_jj
+    pruned_before = 0
+    for start in range(0, width, block_size):
+        end = min(start + block_size, width)
+        block, scale = columns[start:end], scales[start:end]
+        if n_of_m is None:
+            pruned_until = round(sparsity * rows * end)
+            pruned = _lowest(block / scale, pruned_until - pruned_before)
+            pruned_before = pruned_until
+        else:
+            pruned = torch.zeros_like(block, dtype=torch.bool)
+        errors = torch.empty_like(block)
+        for i in range(end - start):
+            if n_of_m is not None and i % n_of_m[1] == 0:
+                group = slice(i, i + n_of_m[1])
+                score = (block[group] / scale[group]).abs_()
+                pruned[group] = ~keep_n_of_m(score.t(), *n_of_m).t()
+            errors[i] = block[i] * pruned[i] / scale[i]
+            block[i + 1 :].addr_(factor[start + i, start + i + 1 : end], errors[i], alpha=-1)
+        block.masked_fill_(pruned, 0)
+        columns[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    return columns.t()
+
+
+def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
+    """The upper triangular U (in, in) with U^T U = H^-1, for H = gram + damping * mean(diag) * I.
+
+    gram: (in, in), the sum of x x^T over the inputs x of the layer. All zero counts as the identity.
+    damping: above 0; the more, the nearer to magnitude pruning without updates.
+    U[j, j:] is, but for its scale, the row of the inverse of H over the columns from j on, and
+    U[j, j]^2 its first entry: all that pruning from left to right needs.
+
+    Raises ValueError where H is not positive definite in double precision.
+    """
+    hessian = gram.to(torch.float64, copy=True)
+    hessian.diagonal().add_(damping * (hessian.diagonal().mean().item() or 1.0))
+    # Read from the last row and column to the first, a lower factor L of H is an upper one R with
+    # H = R R^T, and U is its inverse: neither H^-1 nor a second factorization is needed.
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if info.item() != 0:
+        raise ValueError(
+            f"the inputs of a layer are too dependent on each other for `damping={damping}`: raise it."
+        )
+    identity = torch.eye(len(gram), dtype=hessian.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1).to(gram.dtype)
+
+
+def add_gram(total: Tensor | None, inputs: Tensor) -> Tensor:
+    """Adds inputs (positions, in) to the sum of x x^T (in, in), in place."""
+    return inputs.t() @ inputs if total is None else total.addmm_(inputs.t(), inputs)
+
+
+def _lowest(score: Tensor, count: int) -> Tensor:
+    """Bool mask of the `count` entries of the lowest |score|."""
+    (kept,) = keep_highest(torch.abs, [(score,)], score.numel() - count)
+    return ~kept

@@ -1,0 +1,506 @@
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_submodules
+from tiny import (
+    VOCABULARY,
+    classification_rows,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_t5,
+    tiny_vit,
+    tiny_whisper,
+)
+from torch import nn
+from transformers import AlbertConfig, AlbertForMaskedLM, DefaultDataCollator
+
+from hf_compress import DistillationArguments, DistillationTrainer, PruningCallback
+from hf_compress.pruning.oneshot import prune_oneshot_
+from hf_compress.pruning.wanda import wanda_mask
+from hf_compress.targets import find_targets
+
+ROWS, LENGTH = 12, 10
+
+
+def tokens(seed=1, rows=ROWS):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, VOCABULARY, (rows, LENGTH), generator=generator)
+
+
+def mask(seed=2, rows=ROWS):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, LENGTH + 1, (rows, 1), generator=generator)
+    return (torch.arange(LENGTH) < lengths).long()
+
+
+def text():
+    return {"input_ids": tokens(), "attention_mask": mask()}
+
+
+def pairs():
+    return text() | {"decoder_input_ids": tokens(3), "decoder_attention_mask": mask(4)}
+
+
+def images():
+    return {"pixel_values": torch.randn(ROWS, 3, 16, 16, generator=torch.Generator().manual_seed(5))}
+
+
+def speech():
+    features = torch.randn(ROWS, 80, 32, generator=torch.Generator().manual_seed(6))
+    return {"input_features": features, "decoder_input_ids": tokens(3)}
+
+
+# The model, its calibration in one batch, and its blocks in order.
+ARCHITECTURES = {
+    "bert": (tiny_bert, text, ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler.dense"]),
+    "gpt2": (tiny_gpt2, text, ["transformer.h.0", "transformer.h.1"]),
+    "llama": (tiny_llama, text, ["model.layers.0", "model.layers.1"]),
+    "t5": (
+        tiny_t5,
+        pairs,
+        ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"],
+    ),
+    "vit": (tiny_vit, images, ["vit.layers.0", "vit.layers.1"]),
+    "whisper": (
+        tiny_whisper,
+        speech,
+        [f"model.{part}.layers.{i}" for part in ("encoder", "decoder") for i in (0, 1)],
+    ),
+}
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def build(name):
+    model, batch, blocks = ARCHITECTURES[name]
+    return model(), batch(), blocks
+
+
+def cut(batch, size):
+    return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, ROWS, size)]
+
+
+def zeros(param):
+    return int((param == 0).sum())
+
+
+def as_matrix(target):
+    """A view (out, in) of a weight."""
+    return target.param.data.t() if target.input_dim == 0 else target.param.data
+
+
+@every_architecture
+@pytest.mark.parametrize("score", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_prunes_what_was_asked_and_nothing_else(name, score, pattern):
+    model, batch, _ = build(name)
+    before = copy.deepcopy(model.state_dict())
+    sparsity = 0.3 if pattern == "unstructured" else None
+    report = prune_oneshot_(model, cut(batch, 5), sparsity=sparsity, score=score, pattern=pattern)
+    selection = find_targets(model)
+    assert set(report.weights) == set(selection.targets)
+    assert report.skipped == selection.skipped
+    for target in selection.targets.values():
+        matrix = as_matrix(target)
+        if pattern == "2:4":
+            assert (matrix.reshape(-1, 4) == 0).sum(1).eq(2).all(), target.name
+        elif score == "wanda":
+            assert (matrix == 0).sum(1).eq(round(0.3 * matrix.shape[1])).all(), target.name
+        else:
+            assert zeros(matrix) == round(0.3 * matrix.numel()), target.name
+        found = report.weights[target.name]
+        assert (found.size, found.zeros) == (matrix.numel(), zeros(matrix))
+        assert 0 < found.error < 1
+        kept = matrix != 0
+        if score != "sparsegpt":
+            old = before[target.name].t() if target.input_dim == 0 else before[target.name]
+            assert matrix[kept].equal(old[kept])
+    for key, tensor in model.state_dict().items():
+        if key not in selection.targets:
+            assert tensor.equal(before[key]), key
+    json.dumps(dataclasses.asdict(report))
+
+
+@every_architecture
+def test_each_block_sees_the_blocks_before_it_pruned(name):
+    """The definition: for each block in turn the whole model runs, and hooks record what goes in."""
+    model, batch, blocks = build(name)
+    naive = copy.deepcopy(model).eval()
+    selection = find_targets(naive)
+    encoder_rows = batch.get("attention_mask", torch.ones(0)).bool()
+    for block in blocks:
+        squares = {}
+
+        def record(module, args, name, squares=squares):
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            decoder = name.startswith(("decoder", "model.decoder"))
+            crossed = "EncDecAttention.k" in name or "EncDecAttention.v" in name
+            keep = encoder_rows
+            if decoder and not crossed:
+                keep = batch.get("decoder_attention_mask", torch.ones(0)).bool()
+            if keep.numel() == len(rows):
+                rows = rows[keep.flatten()]
+            squares[name] = rows.square().sum(0)
+
+        names = [n for n in selection.targets if n.startswith(f"{block}.")]
+        hooks = [
+            naive.get_submodule(n.rpartition(".")[0]).register_forward_pre_hook(
+                lambda module, args, n=n: record(module, args, n)
+            )
+            for n in names
+        ]
+        with torch.no_grad():
+            naive(**batch)
+        for hook in hooks:
+            hook.remove()
+        for n in names:
+            matrix = as_matrix(selection.targets[n])
+            matrix.mul_(wanda_mask(matrix, squares[n].sqrt(), sparsity=0.5))
+    assert {n for b in blocks for n in selection.targets if n.startswith(f"{b}.")} == set(
+        selection.targets
+    )
+    prune_oneshot_(model, cut(batch, ROWS), sparsity=0.5, score="wanda")
+    for key, tensor in naive.state_dict().items():
+        assert model.state_dict()[key].equal(tensor), key
+
+
+@every_architecture
+@pytest.mark.parametrize("score", ["sparsegpt", "wanda"])
+def test_the_cut_into_batches_does_not_matter(name, score):
+    model, batch, _ = build(name)
+    other = copy.deepcopy(model)
+    prune_oneshot_(model, cut(batch, ROWS), sparsity=0.5, score=score)
+    prune_oneshot_(other, reversed(cut(batch, 1)), sparsity=0.5, score=score)
+    for key, tensor in model.state_dict().items():
+        found = other.state_dict()[key]
+        assert found.eq(0).equal(tensor.eq(0)), key
+        torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("score", ["sparsegpt", "wanda"])
+def test_padding_does_not_count(name, score):
+    model, batch, _ = build(name)
+    if name == "t5":
+        batch["attention_mask"] = batch["decoder_attention_mask"] = mask()
+    other = copy.deepcopy(model)
+    lengths = mask().sum(1).tolist()
+    rows = [{k: v[i : i + 1, :length] for k, v in batch.items()} for i, length in enumerate(lengths)]
+    assert len(set(lengths)) > 3
+    prune_oneshot_(model, [batch], sparsity=0.5, score=score)
+    prune_oneshot_(other, rows, sparsity=0.5, score=score)
+    for key, tensor in model.state_dict().items():
+        assert other.state_dict()[key].eq(0).equal(tensor.eq(0)), key
+
+
+@every_architecture
+def test_what_is_saved_is_what_was_pruned(name, tmp_path):
+    model, batch, _ = build(name)
+    prune_oneshot_(model, [batch], sparsity=0.5)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    for target in find_targets(loaded).targets.values():
+        assert zeros(target.param) == target.param.numel() // 2
+    with torch.no_grad():
+        assert loaded(**batch).logits.equal(model.eval()(**batch).logits)
+
+
+class Layer(nn.Module):
+    """One linear layer, whose inputs are correlated and of different sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(48, 32)
+        self.mix = torch.randn(48, 48) * torch.logspace(-1, 1, 48)
+
+    def forward(self, x):
+        return self.layer(x @ self.mix)
+
+
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.5, "unstructured"), (None, "2:4"), (None, "1:4")])
+@torch.no_grad()
+def test_the_more_a_score_knows_the_less_is_lost(sparsity, pattern):
+    dense, x = Layer(), torch.randn(500, 48)
+    lost, told = {}, {}
+    for score in ("sparsegpt", "wanda", "magnitude"):
+        model = copy.deepcopy(dense)
+        report = prune_oneshot_(model, [{"x": x}], sparsity=sparsity, score=score, pattern=pattern)
+        told[score] = report.weights["layer.weight"].error
+        output = dense(x) - dense.layer.bias
+        lost[score] = float((model(x) - dense(x)).norm() ** 2 / output.norm() ** 2)
+    assert 1.5 * lost["sparsegpt"] < lost["wanda"] < lost["magnitude"] / 1.5
+    assert told["sparsegpt"] == pytest.approx(lost["sparsegpt"], rel=1e-3)
+
+
+@pytest.mark.parametrize("score", ["sparsegpt", "wanda"])
+def test_experts_see_the_positions_routed_to_them(score):
+    model = tiny_mixtral(layers=1)
+    other = copy.deepcopy(model).eval()
+    ids = tokens()
+    experts = other.model.layers[0].mlp.experts
+    seen = []
+    experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    with torch.no_grad():
+        other(input_ids=ids)
+    hidden, routes, _ = seen[0]
+    report = prune_oneshot_(
+        model, [{"input_ids": ids}], sparsity=0.5, score=score, targets="MixtralExperts"
+    )
+    pruned = model.model.layers[0].mlp.experts
+    for expert in range(4):
+        first = hidden[(routes == expert).any(1)]
+        gate, up = (first @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
+        for name, inputs in (
+            ("gate_up_proj", first),
+            ("down_proj", torch.nn.functional.silu(gate) * up),
+        ):
+            weight = experts.get_parameter(name).data[expert]
+            found = pruned.get_parameter(name)[expert]
+            assert zeros(found) == found.numel() // 2
+            if score == "wanda":
+                assert found.eq(0).equal(~wanda_mask(weight, inputs.norm(dim=0), sparsity=0.5))
+            else:
+                masked = weight * (found != 0)
+                assert (inputs @ (found - weight).T).norm() < (inputs @ (masked - weight).T).norm()
+    positions = [weight.positions for weight in report.weights.values()]
+    assert positions == [2 * ids.numel()] * 2
+    assert model.config._experts_implementation == other.config._experts_implementation
+
+
+def test_experts_that_see_nothing_are_ranked_by_magnitude():
+    model = tiny_mixtral(layers=1, experts=16)
+    dense = copy.deepcopy(model)
+    report = prune_oneshot_(model, [{"input_ids": tokens(rows=1)[:, :2]}], sparsity=0.5)
+    assert report.sparsity == 0.5
+    experts, old = (
+        model.model.layers[0].mlp.experts.down_proj,
+        dense.model.layers[0].mlp.experts.down_proj,
+    )
+    untouched = [e for e in range(16) if experts[e][experts[e] != 0].equal(old[e][experts[e] != 0])]
+    assert len(untouched) >= 12
+    for e in untouched:
+        assert old[e][experts[e] != 0].abs().min() > old[e][experts[e] == 0].abs().max()
+
+
+def test_layers_that_share_weights_are_one_block():
+    model = AlbertForMaskedLM(
+        AlbertConfig(
+            vocab_size=VOCABULARY,
+            embedding_size=16,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=32,
+        )
+    )
+    report = prune_oneshot_(model, [text()], sparsity=0.5)
+    assert report.sparsity == 0.5
+    shared = next(weight for name, weight in report.weights.items() if "query" in name)
+    assert shared.positions == 3 * int(mask().sum())
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_offloaded_weights_are_loaded_in_turn(name, offload, tmp_path):
+    model, batch, _ = build(name)
+    other = copy.deepcopy(model)
+    prune_oneshot_(model, [batch], sparsity=0.5)
+    if offload == "cpu":
+        cpu_offload(other, execution_device="cpu")
+    else:
+        disk_offload(other, tmp_path / "weights", execution_device="cpu")
+    prune_oneshot_(other, [batch], sparsity=0.5)
+    assert all(target.param.device.type == "meta" for target in find_targets(other).targets.values())
+    remove_hook_from_submodules(other)  # loads all
+    for key, tensor in model.state_dict().items():
+        assert other.state_dict()[key].equal(tensor), key
+
+
+def test_the_model_is_left_as_it_was_found():
+    model = tiny_llama()
+    model.train()
+    model.model.layers[1].eval()
+    modules = dict(model.named_modules())
+    modes = {name: module.training for name, module in modules.items()}
+    pointers = {name: param.data_ptr() for name, param in model.named_parameters()}
+    config = model.config.to_dict()
+    prune_oneshot_(model, [text()], sparsity=0.5)
+    assert dict(model.named_modules()) == modules
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: param.data_ptr() for name, param in model.named_parameters()} == pointers
+    assert model.config.to_dict() == config
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", ["sparsegpt", "wanda"])
+def test_half_precision(dtype, score):
+    model = tiny_llama().to(dtype)
+    report = prune_oneshot_(model, [text()], sparsity=0.5, score=score)
+    assert report.sparsity == 0.5
+    assert all(param.dtype == dtype for param in model.parameters())
+
+
+@pytest.mark.parametrize("score", ["sparsegpt", "wanda", "magnitude"])
+def test_zeros_that_are_there_count(score):
+    model = tiny_llama()
+    prune_oneshot_(model, [text()], sparsity=0.25, score=score)
+    sparse = copy.deepcopy(model)
+    prune_oneshot_(model, [text()], sparsity=0.5, score=score)
+    for name, target in find_targets(model).targets.items():
+        assert not (target.param != 0)[find_targets(sparse).targets[name].param == 0].any()
+        assert zeros(target.param) == target.param.numel() // 2
+
+
+def test_only_what_is_named():
+    model = tiny_llama()
+    report = prune_oneshot_(model, [text()], sparsity=0.5, targets="q_proj", ignore="layers.0")
+    assert list(report.weights) == ["model.layers.1.self_attn.q_proj.weight"]
+    assert zeros(model.model.layers[0].self_attn.q_proj.weight) == 0
+
+
+def test_training_goes_on_at_fixed_zeros_with_the_dense_model_as_teacher(tmp_path):
+    dense = tiny_bert()
+    student = copy.deepcopy(dense)
+    rows = classification_rows(rows=32)
+    calibration = torch.utils.data.DataLoader(rows.remove_columns("labels").with_format("torch"), 8)
+    prune_oneshot_(student, calibration, sparsity=0.5)
+    sparse = copy.deepcopy(student)
+    DistillationTrainer(
+        student,
+        DistillationArguments(
+            str(tmp_path),
+            max_steps=6,
+            learning_rate=1e-2,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        teacher=dense,
+        train_dataset=rows,
+        data_collator=DefaultDataCollator(),
+        callbacks=[PruningCallback(sparsity=0.5, end=0.0)],
+    ).train()
+    for name, target in find_targets(student).targets.items():
+        old = find_targets(sparse).targets[name].param
+        assert target.param.eq(0).equal(old.eq(0)), name
+        assert not target.param.equal(old), name
+
+
+class Skipping(nn.Module):
+    """Its last block is given what the first has answered."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        first = self.blocks[0](x)
+        return self.blocks[2](self.blocks[1](first) + first)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x @ self.layer.weight
+
+
+class Sometimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, short=False):
+        x = self.first(x)
+        return x if short else self.second(x)
+
+
+def nan_batch():
+    return {"inputs_embeds": torch.full((1, 4, 32), torch.nan)}
+
+
+REFUSALS = [
+    ({"sparsity": 80}, ValueError, "fraction"),
+    ({"sparsity": 1.0}, ValueError, "fraction"),
+    ({"sparsity": -0.1}, ValueError, "fraction"),
+    ({"sparsity": "half"}, ValueError, "fraction"),
+    ({"sparsity": None}, ValueError, "give `sparsity`"),
+    ({"score": "obd"}, ValueError, "sparsegpt, wanda, magnitude"),
+    ({"pattern": "4:2"}, ValueError, "such as '2:4'"),
+    ({"pattern": "0:4"}, ValueError, "such as '2:4'"),
+    ({"pattern": "block"}, ValueError, "such as '2:4'"),
+    ({"pattern": 24}, ValueError, "such as '2:4'"),
+    ({"pattern": "2:4", "sparsity": 0.75}, ValueError, "leave `sparsity` out"),
+    ({"pattern": "2:5", "sparsity": None, "block_size": 100}, ValueError, "groups of 5 do not divide"),
+    ({"pattern": "2:4", "block_size": 6}, ValueError, "multiple of 4"),
+    ({"block_size": 0}, ValueError, "number of columns"),
+    ({"damping": 0.0}, ValueError, "above 0"),
+    ({"damping": float("nan")}, ValueError, "above 0"),
+    ({"calibration": None}, ValueError, "needs `calibration`"),
+    ({"calibration": []}, ValueError, "empty"),
+    ({"calibration": text()}, TypeError, "pass several batches"),
+    ({"calibration": "text"}, TypeError, "pass several batches"),
+    ({"calibration": 3}, TypeError, "pass several batches"),
+    ({"calibration": [torch.ones(2, 4)]}, TypeError, "no mapping of tensors"),
+    ({"calibration": [{"input_ids": [[1, 2]]}]}, TypeError, "no mapping of tensors"),
+    ({"calibration": [nan_batch()]}, ValueError, "holds NaN"),
+    ({"targets": "query"}, ValueError, "matches no weight"),
+    ({"ignore": "query"}, ValueError, "matches no weight"),
+    ({"targets": "model.embed_tokens"}, ValueError, "does not call|Linear"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), REFUSALS)
+def test_refuses_and_changes_nothing(settings, error, message):
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    settings = {"sparsity": 0.5} | settings
+    calibration = settings.pop("calibration", [text()])
+    with pytest.raises(error, match=message):
+        prune_oneshot_(model, calibration, **settings)
+    for key, tensor in model.state_dict().items():
+        assert tensor.equal(before[key])
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "message"),
+    [
+        (Skipping, {"x": torch.ones(2, 8)}, "cannot be run block by block"),
+        (Functional, {"x": torch.ones(2, 8)}, "does not call `layer`"),
+        (tiny_mixtral, text(), "padding, which cannot be told apart"),
+        (lambda: tiny_llama().to("meta"), text(), "on the meta device"),
+    ],
+)
+def test_refuses_models(build, batch, message):
+    with pytest.raises(ValueError, match=message):
+        prune_oneshot_(build(), [batch], sparsity=0.5)
+
+
+def test_refuses_weights_that_are_nan():
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="down_proj.weight` holds NaN"):
+        prune_oneshot_(model, [text()], sparsity=0.5)
+
+
+def test_refuses_inputs_that_overflow():
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data *= 1e30
+    with pytest.raises(ValueError, match="inputs of .*down_proj.weight` are NaN or infinite"):
+        prune_oneshot_(model, [text()], sparsity=0.5, score="wanda")
+
+
+def test_refuses_batches_of_two_kinds():
+    batches = [{"x": torch.ones(2, 8)}, {"x": torch.ones(2, 8), "short": torch.tensor(True)}]
+    with pytest.raises(ValueError, match="batch 1 did not reach `second`"):
+        prune_oneshot_(Sometimes(), batches, sparsity=0.5)
