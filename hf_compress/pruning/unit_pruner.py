@@ -1,0 +1,156 @@
+"""The constraint that takes whole units along a schedule, until `shrink` can remove them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_compress.constraint import Constraint, Member
+from hf_compress.pruning.structured import alive, zero_
+from hf_compress.pruning.structures import Units
+from hf_compress.pruning.unit_choice import check_fraction, count_kept, highest
+from hf_compress.schedules import Schedule, Shape
+
+
+class UnitPruner(Constraint):
+    """Structured pruning of neurons or heads, to be attached by `constrain` to their `parameters`.
+
+    units: what `hf_compress.pruning.structures.find_units` finds, of kind "ffn" or "heads".
+    sparsity: fraction in [0, 1) of the units of each place that go; see `prune_structure` for what
+        must be whole.
+    schedule, start, end: see `hf_compress.schedules.Schedule`. By default it begins late enough for
+        the averages to mean something.
+    decay: of the moving average of |sum of w * grad| over the columns that read a unit (Molchanov et
+        al., arXiv:1906.10771), in [0, 1).
+    round_to: as many neurons stay as a multiple of it.
+
+    Units that go are zeroed in all tensors, everywhere equally many, and do not come back: nothing
+    would tell their worth, since a unit that neither reads nor writes has no gradient. Units that are
+    zero at the start count as gone.
+
+    Memory: one number for each unit; no latent weights and no masks, since the zeros say it all.
+
+    In a loop of your own, tell it the time before each step: `pruner.at(step, max_steps)`, with the
+    number of optimizer steps taken when this one is done. Then `shrink(model)`.
+
+    Raises ValueError for a fraction that units cannot lose and, when attached, for sharded parameters.
+    """
+
+    order = 0
+    needs_latent = False
+
+    def __init__(
+        self,
+        units: Sequence[Units],
+        sparsity: float,
+        *,
+        schedule: str | Shape = "cubic",
+        start: int | float = 0.1,
+        end: int | float = 0.6,
+        decay: float = 0.9,
+        round_to: int = 1,
+    ) -> None:
+        for u in units:
+            if u.kind not in ("ffn", "heads"):
+                raise ValueError(
+                    f"{u.kind} cannot be zeroed along a schedule: remove them before the training, "
+                    "with prune_structure."
+                )
+            check_fraction(u.kind, sparsity)
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"`decay` is {decay!r}; it lies in [0, 1).")
+        self.units = list(units)
+        self.schedule = Schedule(final=1.0, shape=schedule, start=start, end=end)
+        self.decay = decay
+        self._final = [u.count - count_kept(u, sparsity, round_to) for u in units]
+        self._alive: list[Tensor] = []
+        self._members: dict[str, Member] = {}
+        self._step = self._max_steps = 0
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that the units own a part of, by name."""
+        return {piece.name: piece.param for u in self.units for piece in u.slices}
+
+    def at(self, step: int, max_steps: int) -> None:
+        """The coming optimizer step is number `step` (from 1) of `max_steps`."""
+        self._step, self._max_steps = step, max_steps
+
+    @property
+    def total(self) -> int:
+        """The number of units."""
+        return sum(u.count for u in self.units)
+
+    @property
+    def pruned(self) -> int:
+        """The number of units that are gone now."""
+        return sum(int((~living).sum()) for living in self._alive)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the units that is gone now."""
+        return self.pruned / max(self.total, 1)
+
+    @property
+    def finished(self) -> bool:
+        """Whether as many are gone as asked, in every place."""
+        return bool(self._alive) and self.pruned >= sum(self._final)
+
+    def begin(self, members: Sequence[Member]) -> None:
+        for member in members:
+            if isinstance(member.param, DTensor):
+                raise ValueError(
+                    f"{member.name} is sharded, and a unit must lie whole on one rank: train with DDP, "
+                    "or call prune_structure before the training."
+                )
+        self._alive = [alive(u) for u in self.units]
+        for u, living, final in zip(self.units, self._alive, self._final, strict=True):
+            if int((~living).sum()) > final:
+                raise ValueError(
+                    f"{int((~living).sum())} {u.kind} of {u.name} are zero already, more than "
+                    f"the {final} to be pruned: `shrink` the model first, or ask for more."
+                )
+        self._members = {member.name: member for member in members}
+        for u in self.units:
+            member = self._members[u.reading[0].name]
+            if "unit_average" not in member:
+                member["unit_average"] = torch.zeros(
+                    u.count, dtype=member.param.dtype, device=member.param.device
+                )
+
+    def observe(self, members: Sequence[Member]) -> None:
+        trained = {member.name for member in members}
+        for u in self.units:
+            if not self.finished and trained.issuperset(piece.name for piece in u.reading):
+                # Of the weights the model has, not of latent ones: only for those it is the derivative.
+                sums = [p.by_unit(p.param * cast(Tensor, p.param.grad)) for p in u.reading]
+                worth = torch.stack(sums).sum(0).abs()
+                self._members[u.reading[0].name]["unit_average"].lerp_(worth, 1.0 - self.decay)
+
+    def update(self, members: Sequence[Member]) -> None:
+        if self._max_steps == 0:
+            raise RuntimeError(
+                "tell the pruner the time before each step: `pruner.at(step, max_steps)`."
+            )
+        due = self.schedule.value(self._step, self._max_steps)
+        for i, (u, final) in enumerate(zip(self.units, self._final, strict=True)):
+            gone = round(due * final)
+            if gone > int((~self._alive[i]).sum()):
+                scores = self._members[u.reading[0].name]["unit_average"].float().cpu()
+                if not scores.isfinite().all():
+                    raise ValueError(
+                        f"the gradients of {u.name} were not finite, so its {u.kind} cannot be ranked: "
+                        "lower the learning rate, or clip the gradients."
+                    )
+                kept = highest(scores.masked_fill(~self._alive[i], -1.0), u.count - gone)
+                self._alive[i] = torch.zeros(u.count, dtype=torch.bool).index_fill_(
+                    0, torch.tensor(kept), True
+                )
+
+    def project_(self, members: Sequence[Member]) -> None:
+        for u, living in zip(self.units, self._alive, strict=True):
+            zero_(u, (~living).nonzero().flatten())

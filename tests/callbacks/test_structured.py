@@ -1,0 +1,263 @@
+"""Neurons and heads that go while a Trainer trains."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from anatomies import ANATOMIES, shaken
+from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
+from torch.distributed.fsdp import fully_shard
+from transformers import DefaultFlowCallback, Trainer, TrainingArguments
+
+from hf_compress import constrain
+from hf_compress.callbacks.structured import StructuredPruningCallback
+from hf_compress.pruning.structured import alive, shrink
+from hf_compress.pruning.structures import find_units
+from hf_compress.pruning.unit_pruner import UnitPruner
+
+
+def trainer(folder, callback, model=None, rows=classification_rows, **settings):
+    settings = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | settings
+    return Trainer(
+        model if model is not None else tiny_bert(),
+        TrainingArguments(str(folder), **settings),
+        train_dataset=rows(),
+        callbacks=[callback],
+    )
+
+
+def gone(model, kind):
+    return [int((~alive(u)).sum()) for u in find_units(model, [kind])]
+
+
+def test_units_go_along_the_schedule_everywhere_alike(tmp_path):
+    callback = StructuredPruningCallback(ffn=0.5, heads=0.5, schedule="linear", start=4, end=12)
+    run = trainer(tmp_path, callback, tiny_llama(), language_rows, save_strategy="steps", save_steps=8)
+    run.train()
+    logged = {
+        r["step"]: (r["ffn_sparsity"], r["heads_sparsity"])
+        for r in run.state.log_history
+        if "loss" in r
+    }
+    assert logged[4] == (0.0, 0.0)
+    assert logged[8] == (16 / 64, 0.0)  # half of the way, and half a group is rounded to even
+    assert logged[12] == logged[20] == (0.5, 0.5)
+    half = type(run.model).from_pretrained(tmp_path / "checkpoint-8")
+    assert gone(half, "ffn") == [16, 16]
+    assert gone(run.model, "ffn") == [32, 32]
+    assert gone(run.model, "heads") == [1, 1]
+    smaller = shrink(run.model).eval()
+    assert smaller.config.intermediate_size == 32
+    assert smaller.config.num_key_value_heads == 1
+    batch = ANATOMIES["llama"].batch()
+    with torch.no_grad():
+        found, expected = smaller(**batch).logits, run.model.eval()(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert callback.finished
+    assert callback.describe()["ffn"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("optim", "step"),
+    [("adamw_torch", 4), ("adamw_torch", 15), ("adamw_bnb_8bit", 4), ("adafactor", 4), ("sgd", 4)],
+)
+def test_resume_is_bit_equal(tmp_path, optim, step):
+    settings = {"optim": optim, "save_strategy": "steps", "save_steps": step}
+
+    def run():
+        callback = StructuredPruningCallback(ffn=0.5, heads=0.5, start=1)
+        return trainer(tmp_path, callback, tiny_llama(), language_rows, **settings)
+
+    whole = run()
+    whole.train()
+    rest = run()
+    rest.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert all(v.equal(rest.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+    assert gone(rest.model, "ffn") == [32, 32]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "vit", "whisper"])
+def test_the_trained_model_shrinks_in_every_layout(name):
+    model, batch = shaken(name), ANATOMIES[name].batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pruners = [
+        UnitPruner(find_units(model, [kind]), 0.5)
+        for kind, weights in (("ffn", 1), ("heads", ANATOMIES[name].head))
+        if weights
+    ]
+    for pruner in pruners:
+        constrain(optimizer, pruner.parameters, pruner)
+    for step in range(1, 11):
+        model(**batch).loss.backward()
+        for pruner in pruners:
+            pruner.at(step, 10)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(pruner.finished for pruner in pruners)
+    smaller = shrink(model)
+    assert smaller.num_parameters() < model.num_parameters()
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_lowest_average_goes_first():
+    model, batch = shaken("bert"), ANATOMIES["bert"].batch()
+    found = find_units(model, ["ffn"])
+    pruner = UnitPruner(found, 0.25, schedule="constant", start=0, end=3, decay=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    constrain(optimizer, pruner.parameters, pruner)
+    averages = [torch.zeros(64) for _ in found]
+    for step in (1, 2, 3):
+        model(**batch).loss.backward()
+        for average, u in zip(averages, found, strict=True):
+            weight = model.get_submodule(u.name).weight
+            average.mul_(0.5).add_((weight * weight.grad).sum(0).abs(), alpha=0.5)
+        if step < 3:
+            pruner.at(step, 100)
+            pruner.schedule = UnitPruner(found, 0.25, start=3, end=3).schedule
+        else:
+            pruner.at(step, 100)
+        optimizer.step()
+        optimizer.zero_grad()
+    for average, u in zip(averages, found, strict=True):
+        lowest = average.argsort()[:16]
+        assert (~alive(u)).nonzero().flatten().tolist() == sorted(lowest.tolist())
+
+
+def test_no_checkpoint_is_the_best_before_all_have_gone(tmp_path):
+    run = Trainer(
+        tiny_bert(),
+        TrainingArguments(
+            str(tmp_path),
+            max_steps=12,
+            learning_rate=1e-3,
+            report_to="none",
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            greater_is_better=True,  # the first one would win
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=classification_rows(),
+        eval_dataset=classification_rows(16, seed=1),
+        callbacks=[StructuredPruningCallback(ffn=0.5)],
+    )
+    run.train()
+    assert run.state.best_global_step >= 7
+    assert gone(run.model, "ffn") == [32, 32]
+
+
+def test_units_that_are_zero_count_as_gone():
+    model = tiny_bert()
+    found = find_units(model, ["ffn"])
+    with torch.no_grad():
+        for u in found:
+            for piece in u.slices:
+                piece.param.index_fill_(piece.dim, piece.entries([3, 5]), 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = UnitPruner(found, 0.5)
+    constrain(optimizer, pruner.parameters, pruner)
+    assert pruner.pruned == 4
+    few = UnitPruner(found, 1 / 64)
+    with pytest.raises(ValueError, match="2 ffn of .*zero already, more than the 1"):
+        constrain(torch.optim.SGD(model.parameters(), lr=0.1), few.parameters, few)
+
+
+def test_weights_stay_what_they_were_where_nothing_goes(tmp_path):
+    """Before the schedule begins the callback changes nothing, bit for bit."""
+    plain = Trainer(
+        tiny_bert(),
+        trainer(tmp_path, StructuredPruningCallback(ffn=0.5)).args,
+        train_dataset=classification_rows(),
+    )
+    plain.train()
+    callback = StructuredPruningCallback(ffn=0.5, start=20, end=20)
+    run = trainer(tmp_path, callback)
+    run.train()
+    kept = {u.name: alive(u) for u in find_units(run.model, ["ffn"])}
+    for name, living in kept.items():
+        found, expected = (m.get_submodule(name).weight[:, living] for m in (run.model, plain.model))
+        assert found.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({}, "nothing to prune"),
+        ({"ffn": 1.0}, r"`ffn` is 1.0"),
+        ({"heads": -0.1}, r"`heads` is -0.1"),
+        ({"ffn": 0.5, "schedule": "quick"}, "`schedule` is 'quick'"),
+        ({"ffn": 0.5, "start": 9, "end": 3}, "`start` .* is after `end`"),
+    ],
+)
+def test_wrong_settings_are_refused_when_made(settings, error):
+    with pytest.raises(ValueError, match=error):
+        StructuredPruningCallback(**settings)
+
+
+@pytest.mark.parametrize(
+    ("callback", "error"),
+    [
+        (StructuredPruningCallback(heads=0.5), "heads cannot be removed from BertFor"),
+        (StructuredPruningCallback(ffn=0.001), "leaves 64 of 64"),
+        (StructuredPruningCallback(ffn=0.5, end=40), "the schedule ends at step 40"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_step(tmp_path, callback, error):
+    run = trainer(tmp_path, callback)
+    before = copy.deepcopy(run.model.state_dict())
+    with pytest.raises(ValueError, match=error):
+        run.train()
+    assert run.state.global_step == 0
+    assert all(value.equal(before[name]) for name, value in run.model.state_dict().items())
+
+
+def test_a_checkpoint_without_the_state_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 10}
+    trainer(tmp_path, DefaultFlowCallback(), **settings).train()
+    with pytest.raises(ValueError, match="step 10 knows nothing of pruning ffn.*start=10"):
+        trainer(tmp_path, StructuredPruningCallback(ffn=0.5)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-10")
+        )
+
+
+def test_layers_and_experts_are_for_before_the_training():
+    with pytest.raises(ValueError, match="layers cannot be zeroed along a schedule"):
+        UnitPruner(find_units(tiny_bert(), ["layers"]), 0.5)
+
+
+def test_gradients_that_are_not_finite_are_told(tmp_path):
+    model = tiny_bert()
+    pruner = UnitPruner(find_units(model, ["ffn"]), 0.5, start=0, end=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    constrain(optimizer, pruner.parameters, pruner)
+    (model(**ANATOMIES["bert"].batch()).loss * torch.nan).backward()
+    pruner.at(1, 2)
+    with pytest.raises(ValueError, match="were not finite"):
+        optimizer.step()
+
+
+def test_sharded_parameters_are_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_bert()
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        pruner = UnitPruner(find_units(model, ["ffn"]), 0.5)
+        with pytest.raises(ValueError, match="is sharded"):
+            constrain(torch.optim.SGD(model.parameters(), lr=0.1), pruner.parameters, pruner)
+    finally:
+        dist.destroy_process_group()
