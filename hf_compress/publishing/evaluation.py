@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from hf_compress.metrics.functions import perplexity
 from hf_compress.publishing.recipe import bits_of, teacher_of
+from hf_compress.targets import without_adapters
 
 # Names end so, also where the eval dataset has parts.
 _OF_THE_RUN = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -25,6 +27,9 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
     Of a distilling trainer's losses only the task's own is kept, and the agreement with the teacher
     only for the other model. A causal language model gets a perplexity. A trainer without an eval
     dataset, or None in its place, finds nothing.
+
+    Of the inputs that the trainer's model takes, the other model gets those that it takes too: a
+    DistilBERT no token types.
     """
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
@@ -37,7 +42,8 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
             if not compressed:
                 # The trainer's own loop, collator, metrics and precision, with another model in it.
                 trainer.model = model if bits_of(model) else model.to(trainer.args.device)
-            found = trainer.evaluate(metric_key_prefix=prefix)
+            with _without(_inputs(own) - _inputs(model), model):
+                found = trainer.evaluate(metric_key_prefix=prefix)
         finally:
             trainer.model = own
         scores = {
@@ -73,8 +79,8 @@ def first_batch(trainer: Any) -> dict[str, Tensor] | None:
 
 def accepted_by_all(models: Iterable[nn.Module], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those entries of `batch` that every model's forward names."""
-    signatures = [inspect.signature(model.forward).parameters for model in models]
-    return {k: v for k, v in batch.items() if all(k in names for names in signatures)}
+    names = set.intersection(*map(_inputs, models))
+    return {k: v for k, v in batch.items() if k in names}
 
 
 def rows(trainer: Any) -> int | None:
@@ -84,3 +90,21 @@ def rows(trainer: Any) -> int | None:
     data = trainer.eval_dataset
     parts = list(data.values()) if isinstance(data, dict) else [data]
     return sum(len(part) for part in parts) if all(map(has_length, parts)) else None
+
+
+def _inputs(model: nn.Module) -> set[str]:
+    return set(inspect.signature(without_adapters(model).forward).parameters)
+
+
+@contextmanager
+def _without(names: set[str], model: nn.Module) -> Iterator[None]:
+    """Meanwhile `model` is called without the inputs `names`."""
+
+    def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {name: value for name, value in kwargs.items() if name not in names}
+
+    hook = model.register_forward_pre_hook(drop, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

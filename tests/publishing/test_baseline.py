@@ -1,0 +1,68 @@
+"""The dense model: measured in the same way, also where it is of another architecture."""
+
+import copy
+
+import pytest
+import torch
+from publishing.runs import read, score, settings
+from tiny import VOCABULARY, classification_rows, tiny_bert
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, Trainer
+
+from hf_compress import DistillationArguments, DistillationTrainer, PruningCallback, publish
+from hf_compress.metrics.functions import accuracy
+
+
+def distilbert():
+    torch.manual_seed(3)
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=32,
+            n_layers=1,
+            n_heads=4,
+            hidden_dim=64,
+            max_position_embeddings=32,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
+            num_labels=3,
+        )
+    )
+
+
+def rows(count=40, seed=1):
+    """With token types, which BERT takes and DistilBERT does not."""
+    types = [[0] * 12] * count
+    return classification_rows(count, seed=seed).add_column("token_type_ids", types)
+
+
+def reference(model):
+    data = rows().with_format("torch")
+    with torch.no_grad():
+        logits = model.eval()(data["input_ids"][:], data["attention_mask"][:]).logits
+    loss = torch.nn.functional.cross_entropy(logits, data["labels"][:]).item()
+    return accuracy(logits.argmax(-1), data["labels"][:]), loss
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["Trainer", "DistillationTrainer"])
+def test_a_dense_model_that_takes_fewer_inputs_is_measured_as_if_alone(distilled, tmp_path):
+    dense = distilbert()
+    kind, name, extra = Trainer, "loss", {}
+    if distilled:
+        kind, name, extra = DistillationTrainer, "loss_task", {"teacher": copy.deepcopy(dense)}
+    trainer = kind(
+        tiny_bert(),
+        settings(tmp_path / "run", DistillationArguments, steps=2),
+        train_dataset=rows(16, seed=0),
+        eval_dataset=rows(),
+        compute_metrics=score,
+        callbacks=[PruningCallback(0.5, end=1)],
+        **extra,
+    )
+    trainer.train()
+    report = read(publish(trainer, folder=tmp_path / "out", baseline=dense))
+    found = report["dense"]["metrics"]
+    assert (found["accuracy"], found[name]) == pytest.approx(reference(dense), rel=1e-5)
+    found = report["compressed"]["metrics"]
+    assert (found["accuracy"], found[name]) == pytest.approx(reference(trainer.model), rel=1e-5)
+    assert not dense._forward_pre_hooks
