@@ -1,13 +1,12 @@
-"""The two pictures of a card, drawn without any global state of matplotlib."""
+"""The two pictures of a card."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from hf_compress.figures import new_figure
 
 HISTORY = "sparsity.png"
 LAYERS = "layers.png"
@@ -22,7 +21,7 @@ def draw_history(history: Sequence[Mapping[str, Any]], path: str | Path) -> bool
     loss = [(row["step"], row["loss"]) for row in history if "loss" in row]
     if len(sparsity) < 2:
         return False
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     left = figure.add_subplot()
     left.plot(*zip(*sparsity, strict=True), color="tab:blue", label="sparsity")
     left.set(xlabel="optimizer step", ylabel="sparsity of the targeted weights", ylim=(0, 1))
@@ -42,7 +41,7 @@ def draw_layers(sparsity: Mapping[str, float], path: str | Path) -> bool:
     if not sparsity:
         return False
     height = 0.22  # inches of a bar with its name
-    figure = _figure(8, 1 + height * len(sparsity))
+    figure = new_figure(8, 1 + height * len(sparsity))
     axes = figure.add_subplot()
     axes.barh(range(len(sparsity)), list(sparsity.values()), color="tab:blue")
     axes.set_yticks(range(len(sparsity)), list(sparsity), fontsize=7)
@@ -52,12 +51,3 @@ def draw_layers(sparsity: Mapping[str, float], path: str | Path) -> bool:
     # Hundreds of layers would make a picture taller than renderers take.
     figure.savefig(path, dpi=min(100, 20_000 / figure.get_figheight()))
     return True
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
