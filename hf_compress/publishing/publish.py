@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modelcard import TASK_MAPPING
@@ -27,6 +28,7 @@ from hf_compress.publishing.audit import Audit, audit
 from hf_compress.publishing.card import hub_id, render
 from hf_compress.publishing.evaluation import accepted_by_all, first_batch, rows, trainer_scores
 from hf_compress.publishing.folder import check_target, move_into_place, on_main_process, workplace
+from hf_compress.publishing.naming import written_as
 from hf_compress.publishing.pictures import HISTORY, LAYERS, draw_history, draw_layers
 from hf_compress.publishing.recipe import Recipe, bits_of, precision_of, recipe_of, teacher_of
 from hf_compress.publishing.validate import check_license, validate
@@ -69,7 +71,7 @@ def publish(
     callbacks, the arguments and the teacher of a trainer tell how the model was made.
 
     source: a Trainer after training, or a model.
-    repo_id: name of the model in the card, "org/name".
+    repo_id: name of the model in the card, "org/name" or "name"; by default that of `folder`.
     baseline: the dense model, measured in the same way; by default the teacher of a distilling
         trainer. It is moved to the trainer's device.
     evaluate: function of a model to its scores by name; by default what the trainer evaluates.
@@ -92,7 +94,8 @@ def publish(
         raise NotImplementedError(
             f"Pushing is not there yet. Publish to a folder, then: hf upload {repo_id} {folder}"
         )
-    folder = Path(folder).absolute()
+    # Without "..", so that the folder has a name.
+    folder = Path(os.path.abspath(folder))
     trainer = None if isinstance(source, nn.Module) else source
     model = source if trainer is None else trainer.accelerator.unwrap_model(trainer.model)
     baseline = baseline if baseline is not None else teacher_of(trainer)
@@ -122,8 +125,9 @@ def publish(
             model.save_pretrained(place)
             if processing_class is not None:
                 processing_class.save_pretrained(place)
-            found = audit(place, targets=recipe.targets)
-            recipe.check(found)
+            written = written_as(model, recipe.weights)
+            found = audit(place, targets=[tensor for names in written.values() for tensor in names])
+            recipe.check(found, model, written)
             report = _report(labels, trainer, model, baseline, recipe, found) | {
                 "tokenizer": isinstance(processing_class, PreTrainedTokenizerBase),
                 "history": history,
@@ -152,8 +156,7 @@ def _check(trainer: Any, model: Any, baseline: Any, repo_id: str | None) -> None
             )
     if baseline is model:
         raise ValueError("`baseline` is the compressed model itself: pass the dense one.")
-    if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"`repo_id` must be 'org/name', got {repo_id!r}.")
+    validate_repo_id(repo_id)
 
 
 def _measure(

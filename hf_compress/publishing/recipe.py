@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from transformers import BitsAndBytesConfig
+from torch.distributed import is_torchelastic_launched
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hf_compress.publishing.audit import Audit
 from hf_compress.publishing.card import hub_id
 from hf_compress.publishing.validate import LOCAL_PATH
+from hf_compress.targets import find_targets
 
 _TRAINING = (
     "num_train_epochs",
@@ -36,7 +39,8 @@ _TRAINING = (
 class Describes(Protocol):
     """A callback that tells what it did.
 
-    `describe()` is JSON-able, with `method` and, where there are any, `paper`, `sparsity`, `weights`
+    `describe()` is JSON-able, with `method` and, where there are any, `paper`, `sparsity` (a fraction,
+    or one for each entry of `targets`; with `scope` "layer" it holds for each weight alone), `weights`
     (fraction of zeros by name of the weight) and `skipped` (reason by name).
     """
 
@@ -45,32 +49,31 @@ class Describes(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `describe()` of the callbacks, the teacher, the arguments and the command line tell."""
+    """What `describe()` of the callbacks, the teacher, the arguments and the command line tell.
+
+    command: how the program was started; None in a notebook.
+    """
 
     methods: list[dict[str, Any]]
     distillation: dict[str, Any] | None
     training: dict[str, Any] | None
-    command: str
+    command: str | None
 
     @property
-    def targets(self) -> list[str]:
+    def weights(self) -> list[str]:
         """Names of the weights that the methods set zeros in."""
         names = (name for method in self.methods for name in method.get("weights", ()))
         return list(dict.fromkeys(names))
 
-    def check(self, found: Audit) -> None:
-        """Raises ValueError where the files are denser than the methods were asked for."""
+    def check(self, found: Audit, model: PreTrainedModel, written: Mapping[str, Sequence[str]]) -> None:
+        """Raises ValueError where the files are denser than the methods were asked for.
+
+        written: the tensors of the files by the weight of `model` that they hold.
+        """
         for method in self.methods:
-            weights, asked = method.get("weights", {}), method.get("sparsity")
-            if not weights:
-                continue
-            if isinstance(asked, float | int) and method.get("scope") == "layer":
-                for name in weights:
-                    found.check([name], asked)
-            elif isinstance(asked, float | int):
-                found.check(weights, asked)
-            for name, fraction in weights.items():
-                found.check([name], fraction)
+            weights = method.get("weights", {})
+            for names, fraction in [*_asked(method, model), *(([n], f) for n, f in weights.items())]:
+                found.check([tensor for name in names for tensor in written[name]], fraction)
 
 
 def recipe_of(trainer: Any | None) -> Recipe:
@@ -124,7 +127,45 @@ def _distillation(trainer: Any) -> dict[str, Any] | None:
     }
 
 
-def _command() -> str:
-    """The command line, each absolute path cut to its last part, which is all that concerns others."""
-    line = "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    return LOCAL_PATH.sub(lambda path: Path(path[0]).name, line)
+def _asked(method: Mapping[str, Any], model: PreTrainedModel) -> Iterator[tuple[list[str], float]]:
+    """The weights that were to reach a fraction of zeros together."""
+    left, asked = list(method.get("weights", ())), method.get("sparsity")
+    if not left or asked is None:
+        return
+    for entry, fraction in asked.items() if isinstance(asked, Mapping) else [(None, asked)]:
+        # A weight that several entries match belongs to the first, as when it was pruned.
+        matched = find_targets(model, entry).targets if entry is not None else left
+        names = [name for name in left if name in matched]
+        left = [name for name in left if name not in names]
+        alone = method.get("scope") == "layer"
+        yield from (([name], fraction) for name in names) if alone else [(names, fraction)]
+
+
+def _command() -> str | None:
+    """The command line, for the working directory it was given in; None where there was none.
+
+    Absolute paths become relative to that directory; of others the last part is left, which is all
+    that concerns a reader.
+    """
+    main = sys.modules["__main__"]
+    if "__file__" not in vars(main):  # a notebook, a prompt, or `python -c`
+        return None
+    launch = ["python"]
+    if is_torchelastic_launched():
+        launch = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    program = Path(sys.argv[0])
+    if main.__spec__ is not None:
+        words = [*launch, "-m", main.__spec__.name.removesuffix(".__main__")]
+    elif program.parent == Path(sys.executable).parent:
+        words = [program.name]
+    else:
+        words = [*launch, _relative(sys.argv[0])]
+    line = shlex.join([*words, *sys.argv[1:]])
+    return LOCAL_PATH.sub(lambda found: _relative(found[0]), line)
+
+
+def _relative(path: str) -> str:
+    place, here = Path(path).expanduser(), Path.cwd()
+    if not place.is_absolute():
+        return path
+    return str(place.relative_to(here)) if place.is_relative_to(here) else place.name

@@ -1,0 +1,33 @@
+"""Under which names the files hold the weights of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+
+def written_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """For each weight of `model` in `names` the tensors that `save_pretrained` writes it to.
+
+    Mostly one of the same name. Some architectures are stored otherwise than they compute: the experts
+    of a Mixtral, stacked in one weight of the model, are `experts.0.w1.weight` and so on in the files.
+
+    Raises ValueError for a weight that is written together with another into one tensor.
+    """
+    written: dict[str, list[str]] = {}
+    owners: dict[str, str] = {}
+    for name in names:
+        # On the meta device, since only the names matter: nothing is copied.
+        shape = torch.empty_like(model.get_parameter(name), device="meta")
+        written[name] = list(revert_weight_conversion(model, {name: shape}))
+        for stored in written[name]:
+            if owners.setdefault(stored, name) != name:
+                raise ValueError(
+                    f"{type(model).__name__} stores {owners[stored]} and {name} as one tensor, "
+                    f"{stored}, so the zeros of each cannot be counted in the files. Leave one of them "
+                    "dense, or publish the model without its trainer: no sparsity is claimed then."
+                )
+    return written
