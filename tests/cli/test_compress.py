@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tiny import tiny_llama
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from hf_compress.cli.arguments import parse
@@ -86,6 +87,23 @@ def test_rows_of_your_own_in_a_csv(model, tmp_path):
     # The head of this model has 8 classes; the rows have fewer, so it is made anew.
     main([*words, "--label_column", "topic"])
     assert sparsity_of(tmp_path / "out") == pytest.approx(0.75, abs=1e-3)
+
+
+def test_prunes_a_causal_language_model(tmp_path):
+    folder = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    tokenizer.save_pretrained(folder)
+    llama = tiny_llama()
+    llama.resize_token_embeddings(len(tokenizer))
+    llama.save_pretrained(folder)
+    words = flags(str(folder), tmp_path / "out")
+    main([*words, "--task", "causal-lm", "--teacher", "self"])
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert 1 < results["eval_loss_task"] < 20
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    pruned = [tensor for name, tensor in tensors.items() if ".layers." in name and tensor.dim() == 2]
+    total = sum(tensor.numel() for tensor in pruned)
+    assert sum(int((tensor == 0).sum()) for tensor in pruned) == round(0.75 * total)
 
 
 def test_flags_win_over_the_recipe(tmp_path):
@@ -191,22 +209,17 @@ def test_nothing_to_do(model, tmp_path):
         main(words[:place] + words[place + 2 :])
 
 
-def launch(words, *, use_cpu):
-    place = words.index("--use_cpu")
-    words = words if use_cpu else words[:place] + words[place + 2 :]
+SCRIPT = str(ROOT / "scripts" / "compress.py")
+ACCELERATE = [
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def launch(launcher, words):
     return subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                "--multi_gpu",
-                "--num_processes",
-                "2",
-            ),
-            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("--main_process_port", "0", str(ROOT / "scripts" / "compress.py"), *words),
-        ],
+        [sys.executable, *launcher, SCRIPT, *words],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -214,14 +227,17 @@ def launch(words, *, use_cpu):
     )
 
 
-def test_two_processes_write_once(model, tmp_path):
-    run = launch(flags(model, tmp_path), use_cpu=True)
+@pytest.mark.parametrize("launcher", [ACCELERATE, TORCHRUN], ids=["accelerate", "torchrun"])
+def test_two_processes_write_once(model, tmp_path, launcher):
+    run = launch(launcher, flags(model, tmp_path))
     assert run.returncode == 0, run.stderr[-3000:]
     assert sparsity_of(tmp_path) == pytest.approx(0.75, abs=1e-3)
 
 
 def test_processes_that_did_not_find_each_other_are_stopped(model, tmp_path):
-    run = launch(flags(model, tmp_path), use_cpu=False)
+    words = flags(model, tmp_path)
+    place = words.index("--use_cpu")
+    run = launch(ACCELERATE, words[:place] + words[place + 2 :])
     assert run.returncode != 0
     assert "--use_cpu" in run.stderr
     assert not list(tmp_path.glob("*.safetensors"))
