@@ -10,7 +10,8 @@ def test_end_to_end_on_a_few_rows(tmp_path, capsys):
     table = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()[-6:-1]}
     assert set(table) == {"accuracy", "megabytes", "parameters", "nonzeros", "latency_ms"}
     assert table["parameters"][:2] == ["22,716,296", "17,392,904"]
-    score = evaluate_as_a_stranger(tmp_path / "minilm-r8-3layers-sparse80", corpus("reuters-r8")["test"].select(range(8)))
+    rows = corpus("reuters-r8")["test"].select(range(8))
+    score = evaluate_as_a_stranger(tmp_path / "minilm-r8-3layers-sparse80", rows)
     assert 0 <= score <= 1
 
 
