@@ -6,125 +6,97 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
-from hf_compress.callbacks.base import CompressionCallback
-from hf_compress.constraint import Constraints, constrain, is_constrained
-from hf_compress.pruning.plan import Plan
-from hf_compress.pruning.pruner import Pruner, Scope, check_sparsity
-from hf_compress.pruning.scores import SCORES
-from hf_compress.pruning.select import count_kept
-from hf_compress.schedules import Shape
-from hf_compress.targets import Selection, find_targets
-
-logger = logging.get_logger(__name__)
+from hf_compress.callbacks.masking import MaskingCallback
+from hf_compress.constraint import is_constrained
+from hf_compress.pruning.input_squares import InputSquares
+from hf_compress.pruning.masks import ZeroKeeper
+from hf_compress.pruning.pruner import Pruner
+from hf_compress.pruning.ranking import Scope
+from hf_compress.pruning.scores import Score, find_score
+from hf_compress.schedules import Clock, Drop, Shape, clock_of
+from hf_compress.targets import Target
 
 
-class PruningCallback(CompressionCallback):
-    """Unstructured pruning inside an unmodified `Trainer`, along a schedule of optimizer steps.
+class PruningCallback(MaskingCallback):
+    """Pruning inside an unmodified `Trainer`, along a schedule of optimizer steps.
 
-    sparsity: fraction in [0, 1) of the targeted weights that are zero in the end; or a fraction for
-        each entry of `targets`, as a dict: `{"re:attention": 0.5, "re:intermediate|output": 0.9}`.
-        A weight that several entries match belongs to the first.
-    score: "obd" (w^2 times the moving average of grad^2), "taylor" (moving average of |w * grad|)
-        or "magnitude".
-    scope: "global" ranks all weights of one sparsity together, "layer" each weight alone.
-    schedule: "cubic", "linear", "cosine", "exponential", "step", "constant", or a function of
-        progress in [0, 1].
-    start, end: when the sparsity begins to rise and is reached: optimizer steps (int), or fractions
-        of the training (float in [0, 1]). From `end` on the mask is fixed and the rest recovers.
-    interval: optimizer steps between two rankings; by default 10, less in short schedules.
-    min_keep: fraction of each weight that a global ranking leaves in any case.
-    targets, ignore: class names, module names or "re:" patterns, see
-        `hf_compress.targets.find_targets`. By default the Linear and Conv1D layers and experts of
-        the backbone; never embeddings, heads, norms, biases, adapters.
+    sparsity, targets, ignore: see `MaskingCallback`; an N:M pattern needs no sparsity.
+    score, pattern, scope, schedule, start, end, interval, min_keep: see
+        `hf_compress.pruning.pruner.Pruner`. From `end` on the mask is fixed and the rest recovers.
+    hold_when: a `hf_compress.schedules.Drop` of a metric, after which the schedule stands still until
+        an evaluation without one: `Drop(metric="accuracy", by=0.01)`.
+    step_back_when: a drop, after which the sparsity also returns to that of the last evaluation without
+        one; pruned weights come back as they were. Not after the schedule has ended.
 
-    Logs `sparsity`, the fraction of the targeted weights that is zero. Every checkpoint is sparse as
-    the log says, and no checkpoint counts as the best before the target is reached. Resuming from a
-    checkpoint gives the same weights as never having stopped.
+    A schedule that was held may not reach its end, and then the sparsity: a warning says so.
 
-    Raises ValueError when made with a value out of range, and when training begins: for targets that
-    match nothing, a schedule that cannot finish, a checkpoint without its state, FSDP1, DeepSpeed,
-    layer-wise or schedule-free optimizers, models packed by bitsandbytes or whose weights are frozen
-    under adapters.
+    Raises ValueError as `MaskingCallback` does, and when training begins for weights that the pattern
+    does not divide, a schedule that cannot finish, a drop to watch for without evaluations, and a
+    checkpoint without its state.
     """
 
     def __init__(
         self,
-        sparsity: float | Mapping[str, float],
+        sparsity: float | Mapping[str, float] | None = None,
         *,
-        score: str = "obd",
+        score: str | Score = "obd",
+        pattern: str = "unstructured",
         scope: Scope = "global",
         schedule: str | Shape = "cubic",
         start: int | float = 0.0,
         end: int | float = 0.6,
         interval: int | None = None,
         min_keep: float = 0.01,
+        hold_when: Drop | None = None,
+        step_back_when: Drop | None = None,
         targets: str | Sequence[str] | None = None,
         ignore: str | Sequence[str] | None = None,
     ) -> None:
-        if isinstance(sparsity, Mapping):
-            if targets is not None:
-                raise ValueError("`sparsity` as a dict names the targets: leave `targets` out.")
-            if not sparsity:
-                raise ValueError("`sparsity` is an empty dict: give a fraction for each target.")
-            for fraction in sparsity.values():
-                check_sparsity(fraction)
-        self.sparsity = sparsity
-        self.score = score
+        self.score = find_score(score)
+        self.pattern = pattern
         self.scope = scope
         self.schedule = schedule
         self.start = start
         self.end = end
         self.interval = interval
         self.min_keep = min_keep
-        self.targets = targets
-        self.ignore = ignore
-        # Wrong settings are told here rather than when the training begins.
-        self._pruners = [self._pruner(fraction) for fraction in self._fractions().values()]
-        self._constraints: Constraints | None = None
-        self._selection = Selection()
-        self._found: dict[str, float] = {}
+        self.hold_when = hold_when
+        self.step_back_when = step_back_when
+        self._inputs: list[InputSquares] = []
+        self._clock = Clock()
+        self._evaluated = True
+        super().__init__(sparsity, targets=targets, ignore=ignore)
 
-    @property
-    def finished(self) -> bool:
-        return all(pruner.finished for pruner in self._pruners)
-
-    def measurements(self) -> dict[str, float]:
-        total = sum(pruner.total for pruner in self._pruners)
-        return {"sparsity": sum(pruner.pruned for pruner in self._pruners) / max(total, 1)}
+    @staticmethod
+    def keep(
+        *,
+        targets: str | Sequence[str] | None = None,
+        ignore: str | Sequence[str] | None = None,
+    ) -> KeepingCallback:
+        """Only freezes what is zero, so that a sparse model can be trained further: no latent copy."""
+        return KeepingCallback(targets=targets, ignore=ignore)
 
     def describe(self) -> dict[str, object]:
         name = self.schedule if isinstance(self.schedule, str) else self.schedule.__name__
-        return {
+        described = super().describe()
+        if self.sparsity is None:
+            described["sparsity"] = self._constraint(None).schedule.final
+        return described | {
             "method": "pruning",
-            "paper": SCORES[self.score].paper,
-            "sparsity": dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity,
-            "score": self.score,
+            "paper": self.score.paper,
+            "score": self.score.name,
+            "pattern": self.pattern,
             "scope": self.scope,
             "schedule": name,
             "start": self.start,
             "end": self.end,
             "interval": self.interval,
             "min_keep": self.min_keep,
-            "weights": self._found,
-            "skipped": self._selection.skipped,
+            "hold_when": None if self.hold_when is None else vars(self.hold_when),
+            "step_back_when": None if self.step_back_when is None else vars(self.step_back_when),
         }
-
-    def dry_run(self, model: nn.Module) -> Plan:
-        """What would be pruned, what not and why. Print it; nothing is changed.
-
-        Raises ValueError for targets that match nothing.
-        """
-        groups = self._groups(model)
-        fractions = {
-            name: pruner.schedule.final
-            for pruner, parameters in zip(self._pruners, groups, strict=True)
-            for name in parameters
-        }
-        return Plan.of(model, self._selection, fractions)
 
     def on_train_begin(
         self,
@@ -135,16 +107,23 @@ class PruningCallback(CompressionCallback):
         optimizer: Any = None,
         **kwargs: object,
     ) -> None:
-        # Trainer begins again after `auto_find_batch_size` and at a second `train()`.
-        self._detach()
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise ValueError("FSDP1 flattens the parameters: use FSDP2 (`fsdp_version: 2`).")
-        self._pruners = [self._pruner(fraction) for fraction in self._fractions().values()]
-        for pruner, parameters in zip(self._pruners, self._groups(model), strict=True):
-            pruner.at(state.global_step, state.max_steps)
-            if state.global_step > 0 and not is_constrained(optimizer, parameters):
-                self._refuse_to_begin_late(pruner, state)
-            self._constraints = constrain(optimizer, parameters, pruner)
+        watched = self.hold_when or self.step_back_when
+        if watched is not None and args.eval_strategy == "no":
+            raise ValueError(
+                f"a drop of {watched.name} cannot be seen without evaluations: set `eval_strategy` to "
+                "'steps' or 'epoch'."
+            )
+        self._evaluated = True
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        self._evaluated = True
 
     def on_pre_optimizer_step(
         self,
@@ -153,78 +132,112 @@ class PruningCallback(CompressionCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        for pruner in self._pruners:
-            pruner.at(state.global_step + 1, state.max_steps)
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        if self.finished:
+            self._remove_hooks()
 
-    def on_train_end(
+    def _time(self, state: TrainerState, step: int) -> int:
+        if self._evaluated:
+            self._evaluated = False
+            for drop in (self.hold_when, self.step_back_when):
+                if drop is not None:
+                    _check_logged(drop, state)
+            self._clock = clock_of(state.log_history, hold=self.hold_when, back=self.step_back_when)
+        return self._clock.at(step)
+
+    def _check_resumed(
         self,
-        args: TrainingArguments,
+        mask: ZeroKeeper,
+        parameters: Mapping[str, nn.Parameter],
         state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: object,
+        optimizer: Any,
     ) -> None:
-        self._detach()
-        parameters = self._selection.parameters
-        kept = {name: count_kept(param != 0) for name, param in parameters.items()}
-        self._found = {name: 1 - kept[name] / param.numel() for name, param in parameters.items()}
-        total = sum(param.numel() for param in parameters.values())
-        zeros = total - sum(kept.values())
-        due = sum(
-            pruner.pruned if pruner.finished else round(pruner.schedule.final * pruner.total)
-            for pruner in self._pruners
-        )
-        if zeros < due:
-            logger.warning(
-                f"the model is {zeros / total:.4f} sparse, not {due / total:.4f} as asked: training "
-                f"ended at step {state.global_step} of {state.max_steps}, before the schedule did."
-            )
-
-    def _refuse_to_begin_late(self, pruner: Pruner, state: TrainerState) -> None:
-        if pruner.schedule.value(state.global_step, state.max_steps) > 0.0:
+        if state.global_step == 0 or is_constrained(optimizer, parameters):
+            return
+        if mask.begun:
             raise ValueError(
                 f"the checkpoint of step {state.global_step} knows nothing of this pruning: its "
                 "optimizer.pt is missing, or it was saved without the callback. Resume from another "
                 f"one, or let the schedule begin there: start={state.global_step}."
             )
 
-    def _detach(self) -> None:
-        if self._constraints is not None:
-            self._constraints.remove()
-            self._constraints = None
-
-    def _fractions(self) -> dict[str | None, float]:
-        if isinstance(self.sparsity, Mapping):
-            return {entry: fraction for entry, fraction in self.sparsity.items()}  # noqa: C416
-        return {None: self.sparsity}
-
-    def _groups(self, model: nn.Module) -> list[dict[str, nn.Parameter]]:
-        """Targets of each pruner, by name; remembers the selection."""
-        entries = list(self._fractions())
-        named = [entry for entry in entries if entry is not None]
-        self._selection = find_targets(model, named or self.targets, self.ignore)
-        groups: list[dict[str, nn.Parameter]] = []
-        for entry in entries:
-            taken = {name for group in groups for name in group}
-            group = self._selection.parameters
-            if entry is not None:
-                group = find_targets(model, entry, self.ignore).parameters
-            groups.append({name: param for name, param in group.items() if name not in taken})
-            if not groups[-1]:
-                raise ValueError(
-                    f"`sparsity` entry {entry!r}: all its weights belong to earlier entries. Put the "
-                    "special ones first."
-                )
-        return groups
-
-    def _pruner(self, sparsity: float) -> Pruner:
+    def _constraint(
+        self,
+        sparsity: float | None,
+        *,
+        targets: Mapping[str, Target] | None = None,
+        model: nn.Module | None = None,
+    ) -> Pruner:
+        inputs = None
+        if self.score.sees == "inputs" and model is not None and targets is not None:
+            inputs = InputSquares(model, targets)
+            self._inputs.append(inputs)
         return Pruner(
             sparsity,
             score=self.score,
+            pattern=self.pattern,
             scope=self.scope,
             schedule=self.schedule,
             start=self.start,
             end=self.end,
             interval=self.interval,
             min_keep=self.min_keep,
+            targets=targets,
+            inputs=inputs,
+        )
+
+    def _detach(self) -> None:
+        super()._detach()
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for inputs in self._inputs:
+            inputs.remove()
+        self._inputs.clear()
+
+
+class KeepingCallback(MaskingCallback):
+    """What is zero in the targeted weights stays zero; see `PruningCallback.keep`.
+
+    Raises ValueError when training begins and nothing is zero; else as `MaskingCallback`.
+    """
+
+    def __init__(
+        self, *, targets: str | Sequence[str] | None, ignore: str | Sequence[str] | None
+    ) -> None:
+        super().__init__(None, targets=targets, ignore=ignore)
+
+    def describe(self) -> dict[str, object]:
+        return super().describe() | {"method": "keeping zeros"}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: object,
+    ) -> None:
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
+        if self.measurements()["sparsity"] == 0:
+            self._detach()
+            raise ValueError("there is no zero to keep: prune first, or pass a `sparsity` instead.")
+
+    def _constraint(
+        self,
+        sparsity: float | None,
+        *,
+        targets: Mapping[str, Target] | None = None,
+        model: nn.Module | None = None,
+    ) -> ZeroKeeper:
+        return ZeroKeeper()
+
+
+def _check_logged(drop: Drop, state: TrainerState) -> None:
+    evaluations = [row for row in state.log_history if any(key.startswith("eval_") for key in row)]
+    if evaluations and not any(drop.name in row for row in evaluations):
+        raise ValueError(
+            f"the evaluations have no {drop.name!r}; they have "
+            f"{sorted(key for key in evaluations[-1] if key.startswith('eval_'))}."
         )

@@ -7,7 +7,7 @@ a resumed run, a skipped fp16 step and a retried batch size all see what an unin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Shape = Callable[[float], float]
@@ -80,7 +80,7 @@ class Schedule:
                 "progress in [0, 1]."
             )
         for name, when in (("start", self.start), ("end", self.end)):
-            _check_time(name, when)
+            check_time(name, when)
         if type(self.start) is type(self.end) and self.start > self.end:
             raise ValueError(f"`start` ({self.start}) is after `end` ({self.end}): swap them.")
         if callable(self.shape):
@@ -117,7 +117,78 @@ class Schedule:
         return self.initial + (self.final - self.initial) * shape((step - start) / (end - start))
 
 
-def _check_time(name: str, when: int | float) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """An evaluation worse than the best one before it by more than `by`.
+
+    metric: a name in the logs, as "eval_accuracy"; "eval_" may be left out.
+    by: in the units of the metric, 0 or more.
+    greater_is_better: None says what Trainer says, that all but losses are better when they rise.
+
+    Raises ValueError for a `by` that is negative.
+    """
+
+    metric: str
+    by: float
+    greater_is_better: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.by >= 0:
+            raise ValueError(f"`by` is {self.by}: the drop that is accepted is 0 or more.")
+
+    @property
+    def name(self) -> str:
+        return self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
+
+    def happened(self, value: float, earlier: Sequence[float]) -> bool:
+        """Whether `value` is a drop after the `earlier` values."""
+        rising = self.greater_is_better
+        if rising is None:
+            rising = not self.name.endswith("loss")
+        sign = 1 if rising else -1
+        return any(sign * best - sign * value > self.by for best in earlier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """The time of a schedule that stands still after bad evaluations: `time` at optimizer step
+    `since`, running from there on or not."""
+
+    time: int = 0
+    since: int = 0
+    runs: bool = True
+
+    def at(self, step: int) -> int:
+        """The time at optimizer step `step`, not before `since`."""
+        return self.time + (step - self.since if self.runs else 0)
+
+
+def clock_of(history: Sequence[Mapping[str, float]], *, hold: Drop | None, back: Drop | None) -> Clock:
+    """The clock after the evaluations in `history`, rows of logs with their "step".
+
+    After a drop of `hold` the time stands still until an evaluation without one. A drop of `back`
+    also returns it to the time of the last evaluation that was no drop. A pure function of the logs,
+    which every checkpoint of a Trainer holds.
+    """
+    clock, good = Clock(), 0
+    seen: dict[Drop, list[float]] = {drop: [] for drop in (hold, back) if drop is not None}
+    for row in history:
+        values = {drop: row[drop.name] for drop in seen if drop.name in row}
+        if not values:
+            continue
+        fallen = {drop for drop, value in values.items() if drop.happened(value, seen[drop])}
+        for drop, value in values.items():
+            seen[drop].append(value)
+        step = int(row["step"])
+        time = clock.at(step)
+        if not fallen:
+            good = time
+        clock = Clock(time=good if back in fallen else time, since=step, runs=not fallen)
+    return clock
+
+
+def check_time(name: str, when: int | float) -> None:
+    """Raises ValueError where `when` is neither a step nor a fraction of the training."""
     if isinstance(when, bool) or not isinstance(when, (int, float)):
         raise ValueError(f"`{name}` is {when!r}: pass a step (int) or a fraction (float in [0, 1]).")
     if isinstance(when, float) and not 0.0 <= when <= 1.0:

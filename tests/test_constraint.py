@@ -237,7 +237,7 @@ def test_after_an_fp16_overflow_nothing_happened(fused):
     assert pruner.sparsity == before[1]
     for key, value in net.state_dict().items():
         assert value.equal(before[0][key])
-    average = "hf_compress_average"
+    average = "hf_compress_statistic"
     assert optimizer.state[net[0].weight][average].equal(before[2][average])
     # The ranking that the overflow skipped at the last step of the schedule is made up for.
     step(10, poison=True)
@@ -376,7 +376,7 @@ def test_refusals(case, message):
         ({"sparsity": float("nan")}, r"in \[0, 1\)"),
         ({"sparsity": "0.5"}, r"in \[0, 1\)"),
         ({"sparsity": True}, r"in \[0, 1\)"),
-        ({"score": "random"}, "allowed are"),
+        ({"score": "snip"}, "allowed are"),
         ({"scope": "block"}, "allowed are"),
         ({"schedule": "square"}, "allowed are"),
         ({"interval": 0}, "number of steps"),

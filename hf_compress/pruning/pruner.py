@@ -2,52 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast, get_args
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from hf_compress.constraint import Constraint, Member
-from hf_compress.distributed import local
-from hf_compress.pruning.scores import SCORES
-from hf_compress.pruning.select import count_kept, keep_highest
+from hf_compress.constraint import Member
+from hf_compress.distributed import count_in_earlier_shards, local
+from hf_compress.pruning.input_squares import InputSquares
+from hf_compress.pruning.masks import ZeroKeeper, check_sparsity
+from hf_compress.pruning.patterns import Pattern
+from hf_compress.pruning.ranking import Contest, Formula, Scope, check_scope, contests
+from hf_compress.pruning.scores import Noise, Score, find_score
+from hf_compress.pruning.select import Inputs, count_kept
 from hf_compress.schedules import Schedule, Shape
+from hf_compress.targets import Target
 
-Scope = Literal["global", "layer"]
 INTERVAL = 10
+# Below any score, and far enough from -inf that a block of such weights has a finite sum.
+LOWEST = -1e30
 
 
-class Pruner(Constraint):
-    """Unstructured pruning of a group of weights, to be attached by `constrain`.
+class Pruner(ZeroKeeper):
+    """Pruning of a group of weights, to be attached by `constrain`.
 
-    sparsity: fraction in [0, 1) of the group's weights that are zero in the end, exactly.
-    score: "obd", "taylor" or "magnitude" (see `hf_compress.pruning.scores`).
-    scope: "global" ranks the group as one, "layer" prunes each weight to the same sparsity.
+    sparsity: fraction in [0, 1) of the group's weights that are zero in the end, exactly; with larger
+        patterns the fewest of their parts that reach it. An N:M pattern says it itself: 1 - N / M.
+    score: a name, see `hf_compress.pruning.scores`, or a `Score`.
+    pattern: "unstructured", "row" (whole output features, zeroed but not removed), "N:M" along the
+        input dimension, or "RxC" blocks of R output and C input features; "1x4" is four neighbours
+        along the input.
+    scope: "global" ranks the group as one (rows: with those of equal length), "layer" prunes each
+        weight to the same sparsity, "row" each output feature. N:M groups always compete alone.
     schedule, start, end: see `hf_compress.schedules.Schedule`.
     interval: optimizer steps between two rankings; by default 10, less where the schedule is so short
         that it would have fewer than ten of them.
     decay: of the moving averages in the score, in [0, 1).
     min_keep: fraction in [0, 1] of each weight that a global ranking leaves in any case.
+    targets: where the input dimension of each weight lies, as `find_targets` tells; needed by
+        patterns, by scope "row" and by scores of inputs.
+    inputs: of the model's layers; needed by scores that see them ("wanda").
 
     Zeros that are there at the start count as pruned, and the sparsity never falls below theirs.
     The gradient of a pruned weight is masked, so its latent value waits and can come back when the
     ranking changes; once the schedule has ended the mask is fixed.
 
     Memory for each weight: a bool mask; until the schedule ends also a latent copy and, for scores
-    of gradients, an average.
+    with a statistic, that statistic. A ranking by a pattern or by row takes the scores of one weight.
 
     In a loop of your own, tell it the time before each step: `pruner.at(step, max_steps)`, with the
     number of optimizer steps taken when this one is done.
-    """
 
-    order = 0
+    Raises ValueError for settings out of range, when it is attached for weights that the pattern does
+    not divide or whose groups FSDP2 shards cut, and at a ranking for scores that are not finite.
+    """
 
     def __init__(
         self,
-        sparsity: float,
+        sparsity: float | None = None,
         *,
-        score: str = "obd",
+        score: str | Score = "obd",
+        pattern: str = "unstructured",
         scope: Scope = "global",
         schedule: str | Shape = "cubic",
         start: int | float = 0.0,
@@ -55,97 +73,126 @@ class Pruner(Constraint):
         interval: int | None = None,
         decay: float = 0.9,
         min_keep: float = 0.01,
+        targets: Mapping[str, Target] | None = None,
+        inputs: InputSquares | None = None,
     ) -> None:
-        check_sparsity(sparsity)
-        if score not in SCORES:
-            raise ValueError(f"`score` is {score!r}; allowed are {sorted(SCORES)}.")
-        if scope not in get_args(Scope):
-            raise ValueError(f"`scope` is {scope!r}; allowed are {list(get_args(Scope))}.")
+        super().__init__()
+        self.pattern = Pattern.parse(pattern)
+        check_scope(scope, self.pattern)
         if interval is not None and (not isinstance(interval, int) or interval < 1):
             raise ValueError(f"`interval` is {interval!r}: pass a number of steps, 1 or more.")
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"`decay` is {decay!r}; it lies in [0, 1).")
         if not 0.0 <= min_keep <= 1.0:
             raise ValueError(f"`min_keep` is {min_keep!r}: it is a fraction in [0, 1].")
+        sparsity = _sparsity_of(self.pattern, sparsity)
         self.schedule = Schedule(final=sparsity, shape=schedule, start=start, end=end)
-        self.score = score
+        self.score = find_score(score)
         self.scope = scope
         self.interval = interval
         self.decay = decay
         self.min_keep = min_keep
-        self._step = self._max_steps = 0
-        self.total = 0
-        """Weights in the group."""
-        self.pruned = 0
-        """Weights of the group that are pruned now."""
-        self.finished = False
-        """Whether the schedule has ended and its target was reached: the mask is fixed."""
+        self._targets = targets
+        self._inputs = inputs
+        self._updated = 0
+        self._finished = False
+        self._contests: list[Contest] = []
         self._floors: list[int] = []
 
     def at(self, step: int, max_steps: int) -> None:
-        """The coming optimizer step is number `step` (from 1) of `max_steps`."""
-        self._step, self._max_steps = step, max_steps
+        """The coming optimizer step is number `step` (from 1) of `max_steps`. A number that stays or
+        falls holds the schedule, or takes it back."""
+        super().at(step, max_steps)
+        if self._inputs is not None:
+            self._inputs.close()
 
     @property
-    def sparsity(self) -> float:
-        """The fraction of the group that is pruned now."""
-        return self.pruned / max(self.total, 1)
+    def finished(self) -> bool:
+        """Whether the schedule has ended and its target was reached: the mask is fixed."""
+        return self._finished
+
+    @property
+    def begun(self) -> bool:
+        return self.schedule.value(self._step, self._max_steps) > 0.0
+
+    @property
+    def due(self) -> int:
+        return sum(self._due_at(self.schedule.final))
+
+    def fractions(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+        contests(parameters, self.pattern, self.scope, self._targets)  # refuses what cannot be divided
+        return dict.fromkeys(parameters, self.schedule.final)
 
     @property
     def needs_latent(self) -> bool:
-        return not self.finished
+        return not self._finished
 
     def begin(self, members: Sequence[Member]) -> None:
-        for member in members:
-            if "mask" not in member:
-                member["mask"] = member.param != 0
-            elif member["mask"].dtype != torch.bool:
-                member["mask"] = member["mask"] != 0
-        self._floors = [
-            _size(group) - sum(count_kept(member["mask"]) for member in group)
-            for group in self._ranked_together(members)
-        ]
-        self.total = _size(members)
-        self.pruned = sum(self._floors)
+        if self.score.sees == "inputs":
+            self._check_inputs(members)
+        self._contests = contests(
+            {member.name: member.param.detach() for member in members},
+            self.pattern,
+            self.scope,
+            self._targets,
+        )
+        super().begin(members)
+        # What was zero at the start is zero in the latent weight too, so a resumed run knows it.
+        trained = {member.name: count_kept(member.latent != 0) for member in members}
+        self._floors = [c.size - sum(trained[n] for n in c.weights) for c in self._contests]
+        self._updated = self._step
         self._freeze_if_finished(members)
-        if SCORES[self.score].accumulate is not None and not self.finished:
+        if self.score.accumulate is not None and not self._finished:
             for member in members:
-                if "average" not in member:
-                    member["average"] = torch.zeros_like(member.param)
+                if "statistic" not in member:
+                    member["statistic"] = torch.zeros_like(member.param)
 
     def observe(self, members: Sequence[Member]) -> None:
-        accumulate = SCORES[self.score].accumulate
-        for member in members:
-            grad = local(cast(Tensor, member.param.grad))
-            if accumulate is not None and not self.finished:
-                accumulate(local(member["average"]), local(member.latent), grad, self.decay)
-            grad.mul_(local(member["mask"]))
+        accumulate = None if self._finished else self.score.accumulate
+        if accumulate is not None:
+            squares = None
+            if self.score.sees == "inputs" and self._inputs is not None:
+                squares = self._inputs.means()
+            for member in members:
+                seen = cast(Tensor, member.param.grad) if squares is None else squares[member.name]
+                accumulate(local(member["statistic"]), local(member.latent), local(seen), self.decay)
+        super().observe(members)
 
     def update(self, members: Sequence[Member]) -> None:
         if self._max_steps == 0:
             raise RuntimeError(
                 "tell the pruner the time before each step: `pruner.at(step, max_steps)`."
             )
-        due = self._due(members)
+        moved, self._updated = self._step != self._updated, self._step
+        due = self._due_at(self.schedule.value(self._last_ranking(), self._max_steps))
         # Not only at the ranking steps: an fp16 overflow may have skipped one.
-        if not self.finished and (self._step == self._last_ranking() or self.pruned != sum(due)):
-            for group, pruned in zip(self._ranked_together(members), due, strict=True):
-                self._rank(group, pruned)
+        ranking = moved and self._step == self._last_ranking()
+        if not self._finished and (ranking or self.pruned != sum(due)):
+            self._rank({member.name: member for member in members}, due)
             self.pruned = sum(due)
             self._freeze_if_finished(members)
 
-    def project_(self, members: Sequence[Member]) -> None:
+    def _check_inputs(self, members: Sequence[Member]) -> None:
+        if self._inputs is None:
+            raise ValueError(
+                f"score {self.score.name!r} sees the inputs of the layers: pass "
+                "`inputs=InputSquares(model, targets)`."
+            )
+        targets = self._targets or {}
         for member in members:
-            local(member.param).mul_(local(member["mask"]))
+            conv1d = member.name in targets and targets[member.name].input_dim == 0
+            if isinstance(member.param, DTensor) and conv1d:
+                raise ValueError(
+                    f"the shards of {member.name} hold parts of its input features, which score "
+                    f"{self.score.name!r} cannot tell apart: use DDP, or a score of gradients."
+                )
 
-    def _ranked_together(self, members: Sequence[Member]) -> list[Sequence[Member]]:
-        return [members] if self.scope == "global" else [[member] for member in members]
-
-    def _due(self, members: Sequence[Member]) -> list[int]:
-        """How many weights of each ranking are to be pruned since the last one."""
-        sparsity = self.schedule.value(self._last_ranking(), self._max_steps)
-        groups = zip(self._ranked_together(members), self._floors, strict=True)
-        return [max(round(sparsity * _size(group)), floor) for group, floor in groups]
+    def _due_at(self, sparsity: float) -> list[int]:
+        """How many weights of each contest are to be pruned."""
+        return [
+            contest.due(sparsity, final=self.schedule.final, floor=floor)
+            for contest, floor in zip(self._contests, self._floors, strict=True)
+        ]
 
     def _last_ranking(self) -> int:
         """The latest step up to now at which a ranking is due."""
@@ -155,40 +202,54 @@ class Pruner(Constraint):
             return end
         return self._step - max(self._step - start, 0) % interval
 
-    def _rank(self, members: Sequence[Member], pruned: int) -> None:
+    def _rank(self, members: Mapping[str, Member], due: Sequence[int]) -> None:
         # The parameter holds the latent weight here.
-        inputs = [
-            (m.param.detach(), m["average"]) if "average" in m else (m.param.detach(),) for m in members
-        ]
-        masks = keep_highest(
-            SCORES[self.score].formula,
-            inputs,
-            _size(members) - pruned,
-            at_least=self.min_keep,
-        )
-        for member, mask in zip(members, masks, strict=True):
-            member["mask"] = mask
+        for contest, floor, pruned in zip(self._contests, self._floors, due, strict=True):
+            inputs = [self._score_inputs(members[name]) for name in contest.weights]
+            formula = _zeros_last(self.score.formula) if floor else self.score.formula
+            masks = contest.rank(formula, inputs, pruned, at_least=self.min_keep)
+            for name, mask in zip(contest.weights, masks, strict=True):
+                members[name]["mask"] = mask
+
+    def _score_inputs(self, member: Member) -> Inputs:
+        weight = member.param.detach()
+        if self.score.noise is not None:
+            first = count_in_earlier_shards(local(weight).numel(), weight)
+            return weight, Noise(self.score.noise, member.name, first, weight.device)
+        return (weight, member["statistic"]) if "statistic" in member else (weight,)
 
     def _freeze_if_finished(self, members: Sequence[Member]) -> None:
         if self._max_steps == 0:  # nobody has told the time yet
             return
         _, end = self.schedule.span(self._max_steps)
-        self.finished = self._step >= end and self.pruned == sum(self._due(members))
-        if self.finished:
+        self._finished = self._step >= end and self.pruned == self.due
+        if self._finished:
             for member in members:
-                if "average" in member:
-                    del member["average"]
+                if "statistic" in member:
+                    del member["statistic"]
 
 
-def _size(members: Sequence[Member]) -> int:
-    return sum(member.param.numel() for member in members)
+def _zeros_last(formula: Formula) -> Formula:
+    """`formula` with zero weights ranked below all others, whatever their statistic says."""
+
+    def ranked(weight: Tensor, *statistic: Tensor) -> Tensor:
+        return formula(weight, *statistic).masked_fill_(weight == 0, LOWEST)
+
+    return ranked
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Raises ValueError where `sparsity` is not a fraction in [0, 1)."""
-    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
-    if not number or not 0.0 <= sparsity < 1.0:
-        raise ValueError(
-            f"`sparsity` is {sparsity!r}: it is the fraction of weights that become zero, in [0, 1). "
-            "For 80 % pass 0.8."
-        )
+def _sparsity_of(pattern: Pattern, sparsity: float | None) -> float:
+    if pattern.group is None or pattern.kept is None:
+        if sparsity is None:
+            raise ValueError("give `sparsity`: the fraction of weights that become zero, such as 0.8.")
+        check_sparsity(sparsity)
+        return sparsity
+    implied = 1 - pattern.kept / pattern.group
+    if sparsity is not None:
+        check_sparsity(sparsity)
+        if not math.isclose(sparsity, implied):
+            raise ValueError(
+                f"`sparsity` is {sparsity}, but pattern {pattern.name!r} means {implied:.6g}: leave "
+                "`sparsity` out."
+            )
+    return implied

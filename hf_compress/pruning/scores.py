@@ -1,24 +1,62 @@
 """Scores: how much a weight is worth. The lowest are pruned.
 
-A score is a formula of the weight and of a moving average of a statistic of its gradient. Formulas
-are elementwise, so that selection can read them in pieces and never holds a score for the model.
+A score is a formula of the weight and of a statistic that is accumulated, step by step, from the
+gradients or from the inputs of the layer. Formulas are elementwise, so that selection can read them
+in pieces and never holds a score for the model; statistics have the shape of their weight.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor
+
+# The multipliers of splitmix64, as the signed integers that torch computes with.
+GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """`formula(weight, average)` ranks; `accumulate(average, weight, grad, decay)` is in place."""
+    """`formula(weight)`, or `formula(weight, statistic)` where there is one, ranks the weights.
 
-    formula: Callable[..., Tensor]
-    accumulate: Callable[[Tensor, Tensor, Tensor, float], object] | None
+    accumulate: `accumulate(statistic, latent, seen, decay)` changes the statistic in place before
+        each step; it begins at zero. None where there is no statistic.
+    sees: what `seen` is: the "gradient" of the weight as the model saw it (pruned ones included), or
+        the mean square of the layer's "inputs", broadcast over the output features.
+    noise: the formula's second argument is a number in [0, 1) drawn for each weight from this seed,
+        its name and its place; no statistic then.
+    """
+
+    name: str
     paper: str
+    formula: Callable[..., Tensor]
+    accumulate: Callable[[Tensor, Tensor, Tensor, float], object] | None = None
+    sees: Literal["gradient", "inputs"] = "gradient"
+    noise: int | None = None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Uniform numbers for the weights from place `first` on of the weight `name`: a pure function of
+    `seed`, `name` and the place in the whole weight, hence the same however it is sharded."""
+
+    seed: int
+    name: str
+    first: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __getitem__(self, place: slice) -> Tensor:
+        digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "big", signed=True)
+        z = torch.arange(self.first + place.start, self.first + place.stop, device=self.device)
+        z = (z * GOLDEN).add_(key)  # int64 products wrap around: splitmix64
+        z = (z ^ (z >> 30 & (1 << 34) - 1)).mul_(MIX_1)
+        z = (z ^ (z >> 27 & (1 << 37) - 1)).mul_(MIX_2)
+        return (z >> 40 & (1 << 24) - 1).float().div_(1 << 24)
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -36,6 +74,48 @@ def obd(weight: Tensor, average: Tensor) -> Tensor:
     return weight.square() * average
 
 
+def movement(weight: Tensor, total: Tensor) -> Tensor:
+    """-sum of w * grad over all steps: high where training moves the weight away from zero.
+
+    The gradient is that of the masked weight, so the score of a pruned weight moves too. Equals
+    training a score parameter through the straight-through estimator with plain SGD.
+    """
+    return total
+
+
+def wanda(weight: Tensor, average: Tensor) -> Tensor:
+    """|w| times the root of the moving average of the mean squared input of its column."""
+    return weight.abs() * average.sqrt()
+
+
+def random(weight: Tensor, noise: Tensor) -> Tensor:
+    """The baseline that any score has to beat."""
+    return noise
+
+
+def soft_movement(*, penalty: float = 1e-5, rate: float = 1e4) -> Score:
+    """Movement with the paper's penalty, `penalty * sigmoid(S)` added to the loss for each weight.
+
+    `rate` is the step of the plain SGD on S, so large because w * grad is so small: it must bring S
+    to the bend of the sigmoid, and the best one depends on the model. The penalty then lowers the
+    doubtful scores more than the sure ones. The paper prunes what is below a threshold, which makes
+    the sparsity an outcome; here the lowest are pruned, exactly as many as asked.
+
+    Raises ValueError for a negative penalty or a rate that is not positive.
+    """
+    if penalty < 0 or not rate > 0:
+        raise ValueError(f"`penalty` is {penalty} and `rate` {rate}: both are positive numbers.")
+
+    def accumulate(total: Tensor, weight: Tensor, grad: Tensor, decay: float) -> Tensor:
+        sigmoid = total.sigmoid()
+        step = (1 - sigmoid).mul_(sigmoid).mul_(penalty).add_(weight * grad)
+        return total.add_(step, alpha=-rate)
+
+    return Score(
+        name="soft_movement", paper="arXiv:2005.07683", formula=movement, accumulate=accumulate
+    )
+
+
 def _accumulate_taylor(average: Tensor, weight: Tensor, grad: Tensor, decay: float) -> Tensor:
     return average.lerp_((weight * grad).abs_(), 1.0 - decay)
 
@@ -44,8 +124,46 @@ def _accumulate_fisher(average: Tensor, weight: Tensor, grad: Tensor, decay: flo
     return average.mul_(decay).addcmul_(grad, grad, value=1.0 - decay)
 
 
+def _accumulate_movement(total: Tensor, weight: Tensor, grad: Tensor, decay: float) -> Tensor:
+    return total.sub_(weight * grad)
+
+
+def _accumulate_inputs(average: Tensor, weight: Tensor, squares: Tensor, decay: float) -> Tensor:
+    return average.mul_(decay).add_(squares, alpha=1.0 - decay)
+
+
 SCORES = {
-    "magnitude": Score(formula=magnitude, accumulate=None, paper="arXiv:1506.02626"),
-    "taylor": Score(formula=taylor, accumulate=_accumulate_taylor, paper="arXiv:1611.06440"),
-    "obd": Score(formula=obd, accumulate=_accumulate_fisher, paper="arXiv:2203.07259"),
+    score.name: score
+    for score in (
+        Score(name="magnitude", paper="arXiv:1506.02626", formula=magnitude),
+        Score(name="taylor", paper="arXiv:1611.06440", formula=taylor, accumulate=_accumulate_taylor),
+        Score(name="obd", paper="arXiv:2203.07259", formula=obd, accumulate=_accumulate_fisher),
+        Score(
+            name="movement",
+            paper="arXiv:2005.07683",
+            formula=movement,
+            accumulate=_accumulate_movement,
+        ),
+        soft_movement(),
+        Score(
+            name="wanda",
+            paper="arXiv:2306.11695",
+            formula=wanda,
+            accumulate=_accumulate_inputs,
+            sees="inputs",
+        ),
+        # Uniform random pruning as a baseline: see "What is the State of Neural Network Pruning?".
+        Score(name="random", paper="arXiv:2003.03033", formula=random, noise=0),
+    )
 }
+
+
+def find_score(score: str | Score) -> Score:
+    """The score of that name, or the one given. Raises ValueError for an unknown name."""
+    if isinstance(score, Score):
+        return score
+    if score not in SCORES:
+        raise ValueError(
+            f"`score` is {score!r}; allowed are {sorted(SCORES)}, or a `Score` of your own."
+        )
+    return SCORES[score]

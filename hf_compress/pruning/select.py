@@ -8,18 +8,21 @@ times; nothing is concatenated and nothing of a weight's size is kept but the ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hf_compress.distributed import count_in_earlier_shards, local, sum_over_shards
+from hf_compress.pruning.scores import Noise
 
 PIECE = 1 << 18
 BINS = 1 << 16
 # Upper halves of -inf and inf, in `_keys` order: finite scores lie strictly between.
 LOWEST, HIGHEST = 0x007F, 0xFF80
 
-Inputs = tuple[Tensor, ...]
+Inputs = tuple[Tensor | Noise, ...]
+"""What the score of a weight is computed from: a tensor first, noise in pieces as it is needed."""
 
 
 def keep_highest(
@@ -39,7 +42,7 @@ def keep_highest(
     order of the weights and, within one, of its memory: the same on any number of ranks.
     Raises ValueError for scores that are not finite and for a `kept` that is out of range.
     """
-    sizes = [tensors[0].numel() for tensors in inputs]
+    sizes = [_first(tensors).numel() for tensors in inputs]
     if not 0 <= kept <= sum(sizes):
         raise ValueError(f"cannot keep {kept} of {sum(sizes)} weights.")
     at_least = min(at_least, kept / max(sum(sizes), 1))
@@ -63,19 +66,38 @@ def keep_highest(
 def count_kept(mask: Tensor) -> int:
     """Number of weights that `mask` keeps, over all ranks."""
     # `sum` would make an int64 copy of the mask first.
-    return _total(int(torch.count_nonzero(local(mask))), mask)
+    return total(int(torch.count_nonzero(local(mask))), mask)
 
 
-def _keep_highest(formula: Callable[..., Tensor], inputs: Sequence[Inputs], kept: int) -> list[Tensor]:
-    upper = _histogram(formula, inputs, lambda keys: (keys >> 16) + BINS // 2)
-    if (bad := int(upper[: LOWEST + 1].sum() + upper[HIGHEST:].sum())) > 0:
+def scores_of(formula: Callable[..., Tensor], tensors: Inputs) -> Tensor:
+    """The fp32 scores of this rank's part of one weight, in its shape."""
+    part = local(_first(tensors))
+    scores = torch.empty(part.numel(), device=part.device)
+    for place, piece in _pieces(formula, tensors):
+        scores[place] = piece
+    return scores.view(part.shape)
+
+
+def check_finite(bad: int) -> None:
+    """Raises ValueError where there are `bad` scores that are NaN or infinite."""
+    if bad > 0:
         raise ValueError(
             f"{bad} scores are NaN or infinite: the training diverged before they were ranked. "
             "Lower the learning rate, or start pruning later."
         )
-    pruned = sum(tensors[0].numel() for tensors in inputs) - kept
+
+
+def total(count: int, tensor: Tensor) -> int:
+    """Sum of `count` over the ranks that hold parts of `tensor`."""
+    return int(sum_over_shards([(torch.tensor([count], device=local(tensor).device), tensor)]))
+
+
+def _keep_highest(formula: Callable[..., Tensor], inputs: Sequence[Inputs], kept: int) -> list[Tensor]:
+    upper = _histogram(formula, inputs, lambda keys: (keys >> 16) + BINS // 2)
+    check_finite(int(upper[: LOWEST + 1].sum() + upper[HIGHEST:].sum()))
+    pruned = sum(_first(tensors).numel() for tensors in inputs) - kept
     if pruned == 0:
-        return [torch.ones_like(tensors[0], dtype=torch.bool) for tensors in inputs]
+        return [torch.ones_like(_first(tensors), dtype=torch.bool) for tensors in inputs]
     bin_, rest = _find(upper, pruned)
     half = bin_ - BINS // 2
     lower = _histogram(formula, inputs, lambda keys: keys[(keys >> 16) == half] & 0xFFFF)
@@ -93,20 +115,20 @@ def _masks(
 ) -> list[Tensor]:
     masks = []
     for tensors in inputs:
-        mask = torch.zeros_like(tensors[0], dtype=torch.bool)
+        mask = torch.zeros_like(_first(tensors), dtype=torch.bool)
         flat = local(mask).view(-1)
-        for place, keys in _pieces(formula, tensors):
+        for place, keys in _keys(formula, tensors):
             torch.gt(keys, threshold, out=flat[place])
         if pruned_ties < all_ties:
             ties = torch.cat(
                 [
                     (keys == threshold).nonzero().squeeze(1) + place.start
-                    for place, keys in _pieces(formula, tensors)
+                    for place, keys in _keys(formula, tensors)
                 ]
             )
             before = count_in_earlier_shards(len(ties), mask)
             flat[ties[max(pruned_ties - before, 0) :]] = True
-            pruned_ties -= min(_total(len(ties), mask), pruned_ties)
+            pruned_ties -= min(total(len(ties), mask), pruned_ties)
         masks.append(mask)
     return masks
 
@@ -117,25 +139,27 @@ def _histogram(
     bins: Callable[[Tensor], Tensor],
 ) -> Tensor:
     def one(tensors: Inputs) -> Tensor:
-        counts = torch.zeros(BINS, dtype=torch.int64, device=local(tensors[0]).device)
-        for _, keys in _pieces(formula, tensors):
+        counts = torch.zeros(BINS, dtype=torch.int64, device=local(_first(tensors)).device)
+        for _, keys in _keys(formula, tensors):
             counts += torch.bincount(bins(keys), minlength=BINS)
         return counts
 
-    return sum_over_shards((one(tensors), tensors[0]) for tensors in inputs)
+    return sum_over_shards((one(tensors), _first(tensors)) for tensors in inputs)
+
+
+def _keys(formula: Callable[..., Tensor], tensors: Inputs) -> Iterator[tuple[slice, Tensor]]:
+    """int32 keys that sort as the fp32 scores do; -0 and 0 share one."""
+    for place, score in _pieces(formula, tensors):
+        bits = (score + 0.0).view(torch.int32)
+        yield place, bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _pieces(formula: Callable[..., Tensor], tensors: Inputs) -> Iterator[tuple[slice, Tensor]]:
-    flat = [local(tensor).reshape(-1) for tensor in tensors]
-    for start in range(0, flat[0].numel(), PIECE):
-        place = slice(start, min(start + PIECE, flat[0].numel()))
-        yield place, _keys(formula(*(tensor[place].float() for tensor in flat)))
-
-
-def _keys(score: Tensor) -> Tensor:
-    """int32 keys that sort as the fp32 scores do; -0 and 0 share one."""
-    bits = (score + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    flat = [local(t).reshape(-1) if isinstance(t, Tensor) else t for t in tensors]
+    size = local(_first(tensors)).numel()
+    for start in range(0, size, PIECE):
+        place = slice(start, min(start + PIECE, size))
+        yield place, formula(*(part[place].float() for part in flat))
 
 
 def _find(counts: Tensor, rank: int) -> tuple[int, int]:
@@ -145,5 +169,5 @@ def _find(counts: Tensor, rank: int) -> tuple[int, int]:
     return bin_, rank - int(running[bin_] - counts[bin_])
 
 
-def _total(count: int, tensor: Tensor) -> int:
-    return int(sum_over_shards([(torch.tensor([count], device=local(tensor).device), tensor)]))
+def _first(tensors: Inputs) -> Tensor:
+    return cast(Tensor, tensors[0])

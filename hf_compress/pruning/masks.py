@@ -1,0 +1,97 @@
+"""Masks on weights: the constraint that keeps zeros, on which those that choose them are built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.constraint import Constraint, Member
+from hf_compress.distributed import local
+from hf_compress.pruning.select import count_kept
+
+
+class ZeroKeeper(Constraint):
+    """What is zero stays zero, and everything else is trained.
+
+    Gradients of pruned weights are masked before the step, and the weights after it. Memory for each
+    weight: a bool mask.
+    """
+
+    order = 0
+
+    def __init__(self) -> None:
+        self.total = 0
+        """Weights in the group."""
+        self.pruned = 0
+        """Weights of the group that are pruned now."""
+        self._step = self._max_steps = 0
+
+    def at(self, step: int, max_steps: int) -> None:
+        """The coming optimizer step is number `step` (from 1) of `max_steps`."""
+        self._step, self._max_steps = step, max_steps
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the group that is pruned now."""
+        return self.pruned / max(self.total, 1)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the group is as sparse as asked."""
+        return True
+
+    @property
+    def begun(self) -> bool:
+        """Whether there must be state of an earlier step now, which a resumed run cannot make up."""
+        return False
+
+    @property
+    def due(self) -> int:
+        """Weights of the group that are zero when training has ended."""
+        return self.pruned
+
+    def fractions(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+        """What part of each of `parameters` (by name) will be zero in the end."""
+        return {name: 1 - count_kept(p != 0) / p.numel() for name, p in parameters.items()}
+
+    @property
+    def needs_latent(self) -> bool:
+        return False
+
+    def begin(self, members: Sequence[Member]) -> None:
+        for member in members:
+            if "mask" not in member:
+                member["mask"] = member.param != 0
+            elif member["mask"].dtype != torch.bool:
+                member["mask"] = member["mask"] != 0
+        self.total = size_of(members)
+        self.pruned = self.total - sum(count_kept(member["mask"]) for member in members)
+
+    def observe(self, members: Sequence[Member]) -> None:
+        for member in members:
+            local(cast(Tensor, member.param.grad)).mul_(local(member["mask"]))
+
+    def update(self, members: Sequence[Member]) -> None:
+        pass
+
+    def project_(self, members: Sequence[Member]) -> None:
+        for member in members:
+            local(member.param).mul_(local(member["mask"]))
+
+
+def size_of(members: Sequence[Member]) -> int:
+    """Weights of `members` together."""
+    return sum(member.param.numel() for member in members)
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raises ValueError where `sparsity` is not a fraction in [0, 1)."""
+    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+    if not number or not 0.0 <= sparsity < 1.0:
+        raise ValueError(
+            f"`sparsity` is {sparsity!r}: it is the fraction of weights that become zero, in [0, 1). "
+            "For 80 % pass 0.8."
+        )
