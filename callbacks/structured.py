@@ -134,10 +134,12 @@ class StructuredPruningCallback(CompressionCallback):
         **kwargs: object,
     ) -> None:
         self._detach()
+        for pruner in self._pruners.values():
+            pruner.count()  # the best checkpoint may have been loaded
         if not self.finished:
             logger.warning(
-                f"training ended at step {state.global_step} of {state.max_steps}, before as many "
-                f"units had gone as asked: {self.measurements()}."
+                f"not as many units have gone as asked ({self.fractions}), but {self.measurements()}: "
+                f"training ended at step {state.global_step} of {state.max_steps}, before the schedule."
             )
 
     def _find(self, model: PreTrainedModel) -> dict[Kind, UnitPruner]:

@@ -100,6 +100,10 @@ class UnitPruner(Constraint):
         """Whether as many are gone as asked, in every place."""
         return bool(self._alive) and self.pruned >= sum(self._final)
 
+    def count(self) -> None:
+        """See in the weights which units are gone, as when it begins: after others were loaded."""
+        self._alive = [alive(u) for u in self.units]
+
     def begin(self, members: Sequence[Member]) -> None:
         for member in members:
             if isinstance(member.param, DTensor):
@@ -107,7 +111,7 @@ class UnitPruner(Constraint):
                     f"{member.name} is sharded, and a unit must lie whole on one rank: train with DDP, "
                     "or call prune_structure before the training."
                 )
-        self._alive = [alive(u) for u in self.units]
+        self.count()
         for u, living, final in zip(self.units, self._alive, self._final, strict=True):
             if int((~living).sum()) > final:
                 raise ValueError(

@@ -1,6 +1,7 @@
 """Neurons and heads that go while a Trainer trains."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from anatomies import ANATOMIES, shaken
 from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
 from torch.distributed.fsdp import fully_shard
-from transformers import DefaultFlowCallback, Trainer, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress import constrain
 from hf_compress.callbacks.structured import StructuredPruningCallback
@@ -159,6 +160,43 @@ def test_no_checkpoint_is_the_best_before_all_have_gone(tmp_path):
     run.train()
     assert run.state.best_global_step >= 7
     assert gone(run.model, "ffn") == [32, 32]
+
+
+def test_a_training_that_ends_early_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_compress"), "propagate", True)
+    callback = StructuredPruningCallback(ffn=0.5, start=0, end=10, schedule="linear")
+    run = trainer(tmp_path, callback, max_steps=10)
+    run.add_callback(StopAt(5))
+    run.train()
+    assert "before the schedule" in caplog.text
+    assert callback.measurements() == {"ffn_sparsity": 0.25}
+    assert not callback.finished
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_what_was_loaded_at_the_end_is_counted(tmp_path):
+    callback = StructuredPruningCallback(ffn=0.5)
+    run = trainer(tmp_path, callback)
+    dense = copy.deepcopy(run.model.state_dict())
+    run.callback_handler.callbacks.insert(0, LoadAtTheEnd(dense))
+    run.train()
+    assert callback.measurements() == {"ffn_sparsity": 0.0}
+
+
+class LoadAtTheEnd(TrainerCallback):
+    def __init__(self, state_dict):
+        self.state_dict = state_dict
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        model.load_state_dict(self.state_dict)
 
 
 def test_units_that_are_zero_count_as_gone():

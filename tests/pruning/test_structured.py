@@ -10,7 +10,14 @@ import torch
 from anatomies import ANATOMIES, shaken
 from safetensors.torch import save_file
 from tiny import tiny_gpt2, tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeForCausalLM,
+    T5EncoderModel,
+)
 
 from hf_compress.pruning.structured import prune_structure, remove_units, shrink, zero_units_
 from hf_compress.pruning.structures import find_units
@@ -236,6 +243,27 @@ def test_a_base_model_and_a_size_that_gpt2_leaves_unsaid():
     assert prune_structure(model.transformer, ffn=0.5, score="random").config.n_inner == 64
     stated = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, n_inner=12))
     assert prune_structure(stated, ffn=0.5, score="random").config.n_inner == 6
+
+
+def test_an_encoder_alone():
+    model = T5EncoderModel(shaken("t5", layers=3).config).eval()
+    smaller = prune_structure(model, ffn=0.5, heads=0.5, layers=[1, 2], score="random")
+    assert (smaller.config.d_ff, smaller.config.num_heads, smaller.config.num_layers) == (32, 2, 2)
+    bias = smaller.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    assert bias.shape == (32, 2)
+    assert smaller(torch.ones(1, 3).long()).last_hidden_state.isfinite().all()
+
+
+def test_a_mixture_with_experts_in_some_layers():
+    config = ANATOMIES["qwen3_moe"].make().config
+    config.mlp_only_layers = [0]
+    model = Qwen3MoeForCausalLM(config)
+    (experts,) = find_units(model, ["experts"])
+    assert experts.name == "model.layers.1.mlp.gate"
+    smaller = prune_structure(model, experts=0.5, heads=0.5, score="random")
+    assert smaller.config.num_experts == 2
+    with pytest.raises(ValueError, match="which of them have experts follows from their number"):
+        prune_structure(model, layers=1, score="random")
 
 
 def test_units_must_be_known_and_equally_many():
