@@ -135,6 +135,27 @@ def test_the_lowest_average_goes_first():
         assert (~alive(u)).nonzero().flatten().tolist() == sorted(lowest.tolist())
 
 
+def test_units_do_not_come_back():
+    model, batch = shaken("bert"), ANATOMIES["bert"].batch()
+    found = find_units(model, ["ffn"])
+    pruner = UnitPruner(found, 0.5, schedule="linear", start=0, end=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    constrain(optimizer, pruner.parameters, pruner)
+    dead = [torch.zeros(64, dtype=torch.bool) for _ in found]
+    for step in (1, 2, 3, 4):
+        model(**batch).loss.backward()
+        pruner.at(step, 4)
+        optimizer.step()
+        optimizer.zero_grad()
+        now = [~alive(u) for u in found]
+        for u, before, after in zip(found, dead, now, strict=True):
+            assert int(after.sum()) == 8 * step
+            assert after[before].all()
+            # As if those that went had been worth most, shortly before.
+            optimizer.state[model.get_submodule(u.name).weight]["hf_compress_unit_average"][after] = 1e6
+        dead = now
+
+
 def test_no_checkpoint_is_the_best_before_all_have_gone(tmp_path):
     run = Trainer(
         tiny_bert(),

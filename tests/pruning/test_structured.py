@@ -64,7 +64,7 @@ def test_zeroed_and_removed_units_give_the_same_logits(name):
     assert all(value.equal(smaller.state_dict()[key]) for key, value in shrunk.state_dict().items())
 
 
-@pytest.mark.parametrize("kept", [[1, 2], [0, 2], [0]])
+@pytest.mark.parametrize("kept", [[1, 2], [0]])
 @pytest.mark.parametrize("name", ANATOMIES)
 def test_removed_layers_are_passed_by(name, kept):
     model, batch = shaken(name, layers=3), ANATOMIES[name].batch()
