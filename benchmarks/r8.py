@@ -40,7 +40,6 @@ def trainer(model, output, tokenizer, train, test, callbacks=None, seed=0, **arg
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
         "warmup_steps": 0.1,
-        "train_sampling_strategy": "group_by_length",  # a third less padding
         "save_strategy": "no",
         "logging_steps": 20,
         "report_to": "none",
@@ -72,7 +71,13 @@ def dense(tokenizer, train, test, names, *, length, epochs):
     folder = CACHE / f"r8-dense-{length}-tokens-{epochs}-epochs"
     if not (folder / "config.json").exists():
         fine = trainer(
-            classifier(minilm(), names), CACHE / "tmp", tokenizer, train, test, num_train_epochs=epochs
+            classifier(minilm(), names),
+            CACHE / "tmp",
+            tokenizer,
+            train,
+            test,
+            num_train_epochs=epochs,
+            learning_rate=2e-4,
         )
         fine.train()
         fine.save_model(folder)
