@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_compress.pruning.block_inputs import (
+from hf_compress.pruning.calibration import Batch, check_calibration, evaluating
+from hf_compress.pruning.layer_inputs import (
     Accumulate,
-    BlockInputs,
+    LayerInputs,
     Seen,
     eager_experts,
     is_stacked,
     owner_of,
 )
-from hf_compress.pruning.blocks import BlockByBlock
-from hf_compress.pruning.calibration import Batch, check_calibration, evaluating
+from hf_compress.pruning.lockstep import called_once, is_inside, lockstep
 from hf_compress.pruning.offloading import in_memory
 from hf_compress.pruning.patterns import keep_n_of_m
 from hf_compress.pruning.requirements import check_experts, check_seen, check_targets, parse_pattern
@@ -29,7 +31,7 @@ from hf_compress.pruning.scores import magnitude
 from hf_compress.pruning.select import keep_highest
 from hf_compress.pruning.sparsegpt import add_gram, inverse_factor, sparsegpt
 from hf_compress.pruning.wanda import add_squares, wanda_mask
-from hf_compress.targets import Selection, Target, find_targets
+from hf_compress.targets import Selection, Target, find_targets, without_adapters
 
 OneShotScore = Literal["sparsegpt", "wanda", "magnitude"]
 
@@ -75,6 +77,7 @@ class Method:
     prune: Callable[[Tensor, Tensor], Tensor]
 
 
+@torch.no_grad()
 def prune_oneshot_(
     model: nn.Module,
     calibration: Iterable[Batch] | None = None,
@@ -87,11 +90,11 @@ def prune_oneshot_(
     block_size: int = 128,
     damping: float = 0.01,
 ) -> OneShotReport:
-    """Prunes the weights of `model` in place, block by block, each after the ones before it.
+    """Prunes the weights of `model` in place, layer by layer, each after the ones before it.
 
     calibration: batches, mappings of tensors as the model's forward takes; some 32 to 128 rows of
-        the text the model is meant for. How they are cut into batches does not matter. Only
-        "magnitude" needs none.
+        the text the model is meant for. How they are cut into batches does not matter. Not read by
+        "magnitude".
     sparsity: fraction in [0, 1) of each targeted weight that becomes zero, exactly.
     score: "sparsegpt" (arXiv:2301.00774) also updates the weights it keeps and is the most accurate;
         "wanda" (arXiv:2306.11695) ranks |w| times the norm of its input within each output feature,
@@ -103,18 +106,20 @@ def prune_oneshot_(
     block_size, damping: of "sparsegpt": columns among which entries compete, and what is added to
         the Hessian as a fraction of its mean diagonal.
 
-    The model is run in evaluation mode and keeps its modes. Memory: for each batch the inputs of one
-    block; for "sparsegpt" an (in, in) matrix for each input of the block, and some of them in double.
-    Weights that accelerate has offloaded are loaded when it is their turn; pruned, they stay in main
-    memory. Experts to which no position is routed are ranked by magnitude.
+    All batches go through the model once, in evaluation mode, each layer pruned as soon as all of
+    them stand before it; the modes of the modules are restored. Memory: what the forwards hold
+    there, as the inputs of one block; for "sparsegpt" also an (in, in) matrix of the layer and
+    several of its size in double precision. On the CPU each batch takes a thread pool: give few large
+    batches rather than hundreds. Weights that accelerate has offloaded are loaded when it is their
+    turn; once pruned they stay in main memory. Experts to which no position is routed are ranked by
+    magnitude.
 
     The zeros are kept by a later training with `PruningCallback` of the same sparsity.
 
     Raises ValueError before anything is changed for wrong settings, targets that match nothing,
     calibration that is missing, empty or NaN, weights that are sharded or whose inputs cannot be seen,
-    and TypeError for calibration that is not made of tensors; on the way, with blocks already pruned,
-    ValueError where batches are not of one kind, where inputs are NaN or infinite, or where a block
-    needs more than what the block before it answered.
+    and TypeError for calibration that is not made of tensors; on the way, with layers already pruned,
+    ValueError where batches are not of one kind, or where inputs are NaN or infinite.
     """
     n_of_m, sparsity = parse_pattern(pattern, sparsity)
     by_magnitude = partial(prune_by_magnitude, sparsity=sparsity, n_of_m=n_of_m)
@@ -128,7 +133,7 @@ def prune_oneshot_(
             raise ValueError(f"{score!r} needs `calibration`, batches of what the model is meant for.")
         batches = check_calibration(calibration)
         check_experts(batches, selection)
-        weights = _prune_block_by_block(model, batches, selection, method, by_magnitude)
+        weights = _prune_layer_by_layer(model, batches, selection, method, by_magnitude)
     return OneShotReport(weights, selection.skipped)
 
 
@@ -183,7 +188,7 @@ def _prune_without_inputs(
     return found
 
 
-def _prune_block_by_block(
+def _prune_layer_by_layer(
     model: nn.Module,
     batches: Sequence[Batch],
     selection: Selection,
@@ -203,25 +208,38 @@ def _prune_block_by_block(
         return method.prune(weight, prepared(seen).to(weight.device))
 
     with evaluating(model), eager_experts(model, targets):
-        walk = BlockByBlock(model, batches, {owner_of(target) for target in targets})
-        for block in logging.tqdm(walk.blocks, desc="Pruning", unit="block"):
-            own = [target for target in targets if block.holds(owner_of(target))]
-            sums = BlockInputs(model, block, own, method.accumulate)
-            for index, batch in enumerate(batches):
-                with sums.watching(batch):
-                    walk.run(block, index)
-            for target in own:
-                seen = sums.seen[target.name]
-                check_seen(target, seen)
-                with in_memory(model, target.name) as param:
-                    found[target.name] = _prune_(param, target, seen, prune)
-            prepared.cache_clear()
-            if block is not walk.blocks[-1]:
-                walk.advance(block)
+        layers = called_once(model, batches[0], {owner_of(target) for target in targets})
+        decoder = _decoder_around(model, layers)
+        inputs = LayerInputs(batches, method.accumulate)
+        with (
+            closing(lockstep(model, batches, {*layers, *decoder})) as steps,
+            logging.tqdm(total=len(layers), desc="Pruning", unit="layer") as bar,
+        ):
+            for name, calls in steps:
+                if name in decoder:
+                    inputs.enter_decoder(calls)
+                    continue
+                own = [t for t in targets if owner_of(t) == name or is_inside(owner_of(t), name)]
+                seen = inputs.of(model, name, calls, own)
+                del calls  # what the forwards, going on, let go of
+                for target in own:
+                    check_seen(target.name, seen[target.name])
+                    with in_memory(model, target.name) as param:
+                        found[target.name] = _prune_(param, target, seen[target.name], prune)
+                bar.update()
     return found
 
 
-@torch.no_grad()
+def _decoder_around(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """The name of the decoder, in a model that also has an encoder, if it holds any of `layers`."""
+    inner = without_adapters(model)
+    if not isinstance(inner, PreTrainedModel) or not inner.config.is_encoder_decoder:
+        return []
+    decoder = inner.get_decoder()
+    names = [name for name, module in model.named_modules() if module is decoder]
+    return [name for name in names if any(is_inside(layer, name) for layer in layers)]
+
+
 def _prune_(
     param: Tensor, target: Target, seen: Sequence[Seen], prune: Callable[[Tensor, Seen], Tensor]
 ) -> PrunedWeight:

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_compress.pruning.block_inputs import Seen, is_stacked, owner_of
 from hf_compress.pruning.calibration import Batch, padding_mask
+from hf_compress.pruning.layer_inputs import Seen, is_stacked, owner_of
 from hf_compress.pruning.pruner import check_sparsity
-from hf_compress.targets import Selection, Target
+from hf_compress.targets import Selection
 
 logger = logging.get_logger(__name__)
 
@@ -77,20 +77,20 @@ def check_experts(batches: Sequence[Batch], selection: Selection) -> None:
             )
 
 
-def check_seen(target: Target, seen: Sequence[Seen]) -> None:
+def check_seen(name: str, seen: Sequence[Seen]) -> None:
     if any(inputs.total is not None and not inputs.total.isfinite().all() for inputs in seen):
         raise ValueError(
-            f"the inputs of `{target.name}` are NaN or infinite. If the model is in float16, load it "
+            f"the inputs of `{name}` are NaN or infinite. If the model is in float16, load it "
             "in bfloat16 or float32."
         )
     unseen = [expert for expert, inputs in enumerate(seen) if not inputs.positions]
     if len(unseen) == len(seen):
         raise ValueError(
-            f"the inputs of `{target.name}` cannot be seen: it is used by other means than a Linear, a "
-            f"Conv1D or `nn.functional.linear`. Leave it out: `ignore=[{target.name!r}]`."
+            f"the inputs of `{name}` cannot be seen: it is used by other means than a Linear, a "
+            f"Conv1D or `nn.functional.linear`. Leave it out: `ignore=[{name!r}]`."
         )
     if unseen:
         logger.warning(
-            f"`{target.name}`: no position of the calibration is routed to experts {unseen}; they are "
+            f"`{name}`: no position of the calibration is routed to experts {unseen}; they are "
             "ranked by magnitude. More calibration reaches more experts."
         )

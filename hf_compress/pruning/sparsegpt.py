@@ -59,14 +59,18 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
     """The upper triangular U (in, in) with U^T U = H^-1, for H = gram + damping * mean(diag) * I.
 
     gram: (in, in), the sum of x x^T over the inputs x of the layer. All zero counts as the identity.
-    damping: above 0; the more, the nearer to magnitude pruning without updates.
+    damping: above 0; the more, the nearer to magnitude pruning without updates. Next to none for
+        features that are zero in all inputs.
     U[j, j:] is, but for its scale, the row of the inverse of H over the columns from j on, and
     U[j, j]^2 its first entry: all that pruning from left to right needs.
 
     Raises ValueError where H is not positive definite in double precision.
     """
     hessian = gram.to(torch.float64, copy=True)
-    hessian.diagonal().add_(damping * (hessian.diagonal().mean().item() or 1.0))
+    diagonal = hessian.diagonal()
+    added = torch.full_like(diagonal, damping * (diagonal.mean().item() or 1.0))
+    # A feature that is never seen costs nothing to prune: its weights come first, not as damping says.
+    diagonal.add_(torch.where(diagonal > 0, added, 1e-6 * added))
     # Read from the last row and column to the first, a lower factor L of H is an upper one R with
     # H = R R^T, and U is its inverse: neither H^-1 nor a second factorization is needed.
     lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
