@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_compress.constraint import Constraint, Member
 from hf_compress.distributed import local
-from hf_compress.pruning.select import count_kept
+from hf_compress.pruning.select import count_kept, total
 
 
 class ZeroKeeper(Constraint):
@@ -18,6 +18,8 @@ class ZeroKeeper(Constraint):
 
     Gradients of pruned weights are masked before the step, and the weights after it. Memory for each
     weight: a bool mask.
+
+    Raises ValueError when it is attached to the optimizer of a checkpoint without its weights.
     """
 
     order = 0
@@ -65,8 +67,10 @@ class ZeroKeeper(Constraint):
         for member in members:
             if "mask" not in member:
                 member["mask"] = member.param != 0
-            elif member["mask"].dtype != torch.bool:
+                continue
+            if member["mask"].dtype != torch.bool:
                 member["mask"] = member["mask"] != 0
+            _check_restored(member)
         self.total = size_of(members)
         self.pruned = self.total - sum(count_kept(member["mask"]) for member in members)
 
@@ -80,6 +84,16 @@ class ZeroKeeper(Constraint):
     def project_(self, members: Sequence[Member]) -> None:
         for member in members:
             local(member.param).mul_(local(member["mask"]))
+
+
+def _check_restored(member: Member) -> None:
+    astray = local(member.param).masked_fill(local(member["mask"]), 0).count_nonzero()
+    if total(int(astray), member.param) > 0:
+        # Trainer (transformers 5.23) does so where a model's tensors have other names in files.
+        raise ValueError(
+            f"{member.name} is not as sparse as the checkpoint's optimizer says: its weights were not "
+            "loaded. Make the model by `from_pretrained(checkpoint)`, and resume then."
+        )
 
 
 def size_of(members: Sequence[Member]) -> int:

@@ -63,17 +63,17 @@ class RigL(ZeroKeeper):
         return dict.fromkeys(parameters, self._sparsity)
 
     def begin(self, members: Sequence[Member]) -> None:
-        for member in members:
-            if "mask" in member:
-                continue
+        fresh = [member for member in members if "mask" not in member]
+        super().begin(members)
+        for member in fresh:
             kept = member.param.numel() - round(self._sparsity * member.param.numel())
-            if count_kept(member.param != 0) < kept:
+            if count_kept(member["mask"]) < kept:
                 raise ValueError(
                     f"{member.name} is sparser than {self._sparsity} already: pass the sparsity it "
                     "has, or more."
                 )
+            self.pruned += count_kept(member["mask"]) - kept
             (member["mask"],) = keep_highest(magnitude, [(member.param.detach(),)], kept)
-        super().begin(members)
 
     def observe(self, members: Sequence[Member]) -> None:
         part = self._exchanged()

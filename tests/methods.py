@@ -1,0 +1,52 @@
+"""One row for each method that works inside training: the suites of test_methods.py run over them.
+
+A method of your own: add a row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hf_compress import PruningCallback
+from hf_compress.callbacks.rigl import RigLCallback
+
+SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    make: Callable
+    """Makes the callback; its interval and its end suit a training of a dozen steps."""
+    pattern: str = "unstructured"
+    by: str = "model"
+    """Where the sparsity holds: the "model", each "weight", each "row", or each group of "4"."""
+    experts: bool = True
+    """Whether it works on stacked experts."""
+
+
+def pruning(name, *, by="model", experts=True, pattern="unstructured", **settings):
+    sparsity = None if ":" in pattern else SPARSITY
+
+    def make():
+        return PruningCallback(sparsity, pattern=pattern, interval=2, end=8, **settings)
+
+    return Method(name, make, pattern, by, experts)
+
+
+METHODS = [
+    pruning("OBD", score="obd"),
+    pruning("Taylor, by layer", score="taylor", scope="layer", by="weight"),
+    pruning("magnitude", score="magnitude"),
+    pruning("movement", score="movement"),
+    pruning("soft movement", score="soft_movement"),
+    pruning("Wanda, by row", score="wanda", scope="row", by="row", experts=False),
+    pruning("random", score="random"),
+    pruning("OBD 2:4", pattern="2:4", by="4"),
+    pruning("Wanda 2:4", pattern="2:4", score="wanda", by="4", experts=False),
+    pruning("OBD in blocks", pattern="4x1"),
+    pruning(
+        "movement in blocks, by layer", pattern="2x4", score="movement", scope="layer", by="weight"
+    ),
+    pruning("magnitude of rows", pattern="row", score="magnitude"),
+    Method("RigL", lambda: RigLCallback(SPARSITY, fraction=0.3, interval=2, end=8), by="weight"),
+]
