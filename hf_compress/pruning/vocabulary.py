@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -31,7 +30,7 @@ _SIZES = ("vocab_size", "type_vocab_size")
 
 
 def prune_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A smaller model and tokenizer of the same classes, with the tokens that `texts` need.
 
@@ -91,7 +90,7 @@ def _check_model(model: PreTrainedModel) -> int:
         )
     text = model.config.get_text_config()
     table = model.get_input_embeddings()
-    rows = table.weight.shape[0] if isinstance(table, torch.nn.Embedding) else None
+    rows = table.weight.shape[0] if isinstance(table, nn.Embedding) else None
     if rows is None or rows != text.vocab_size:
         raise ValueError(
             f"{kind} has an embedding of {rows} tokens where its config says {text.vocab_size}: only "
@@ -168,7 +167,8 @@ def _with_rows(model: PreTrainedModel, rows: list[int]) -> PreTrainedModel:
     if model.can_generate():
         smaller.generation_config = copy.deepcopy(model.generation_config)
         _renumber_(smaller.generation_config, number)
-    return smaller.to(model.device).train(model.training)
+    nn.Module.to(smaller, device=model.device)
+    return smaller.train(model.training)
 
 
 def _cut(name: str, tensor: Tensor, shape: torch.Size, index: Tensor) -> Tensor:

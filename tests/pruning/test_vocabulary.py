@@ -28,9 +28,12 @@ from transformers import (
     ByT5Tokenizer,
     ElectraConfig,
     GPT2Config,
+    GPT2Tokenizer,
     LlamaConfig,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
+    T5Tokenizer,
 )
 
 from hf_compress import quantized
@@ -270,12 +273,12 @@ def test_new_words_of_old_characters_are_spelt(build):
 
 
 def test_an_unknown_word_does_not_become_known():
-    # "abcde" is taken as "abc", and "##de" is unknown; without "abc" it would be "ab" and "##cde".
+    # "abcde" begins with "abc", and "##de" is unknown. Without "abc" it would be "ab" and "##cde".
     vocabulary = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "abc", "ab", "##cde", "a", "##c"]
     tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     before = wrapped(tokenizer)
-    texts = ["abcde", "ab abcde", "a"]
+    texts = ["abcde", "ab abcde", "acde"]
     assert before.tokenize("abcde") == ["<unk>"]
     _, after = prune_vocabulary(bert_of(before), before, texts)
     assert [after.tokenize(text) for text in texts] == [before.tokenize(text) for text in texts]
@@ -291,7 +294,58 @@ def test_unigram_keeps_the_score_that_unknown_ones_are_measured_by():
     assert after.tokenize("café") == ["ca", "fé"]
 
 
-def test_a_real_tokenizer_whose_class_builds_itself():
+def model_of(tokenizer):
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+
+
+def gpt2_class():
+    model = model_of(bytes_of_gpt2())
+    return GPT2Tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]], unk_token="</s>")
+
+
+def llama_class():
+    model = model_of(pieces_of_llama2())
+    return LlamaTokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]])
+
+
+def t5_class():
+    pieces = [tuple(piece) for piece in model_of(unigram())["vocab"] if piece[0] not in SPECIAL]
+    ids = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
+    return T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces, *ids])
+
+
+@pytest.mark.parametrize("build", [gpt2_class, llama_class, t5_class])
+def test_classes_that_build_their_tokenizer_themselves(build, tmp_path):
+    before = build()
+    texts = random_texts(30, 0)
+    _, after = prune_vocabulary(bert_of(before), before, texts)
+    assert type(after) is type(before)
+    assert len(after) < len(before)
+    after.save_pretrained(tmp_path)
+    again = type(before).from_pretrained(tmp_path)
+    for text in texts:
+        assert before.tokenize(text) == after.tokenize(text) == again.tokenize(text)
+        assert after.convert_ids_to_tokens(after(text)["input_ids"]) == before.convert_ids_to_tokens(
+            before(text)["input_ids"]
+        )
+
+
+def test_a_class_that_does_not_take_its_file_as_it_is_is_refused():
+    # T5Tokenizer says that the third token is the unknown one. Here that is </s>, and it moves up.
+    pieces = [
+        ("<pad>", 0.0),
+        ("x", -3.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("\u2581oil", -1.0),
+        ("z", -9.0),
+    ]
+    before = T5Tokenizer(pieces, extra_ids=0)
+    with pytest.raises(ValueError, match="PreTrainedTokenizerFast"):
+        prune_vocabulary(bert_of(before), before, ["oil"])
+
+
+def test_a_real_model_gives_the_same_outputs():
     before, model = AutoTokenizer.from_pretrained(minilm()), AutoModel.from_pretrained(minilm())
     state = before.backend_tokenizer.to_str()
     weights = copy.deepcopy(model.state_dict())
