@@ -14,7 +14,6 @@ from transformers.utils import is_peft_available
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,10 @@ def merge_under_mask_(model: PeftModel, pattern: Mapping[str, Tensor] | None = N
     """
     _check_peft(model)
     layers = _lora_layers(model)
-    quantized = _check_base(model.get_base_model(), layers)
-    if pattern is not None and (missing := {f"{name}.weight" for name in layers} - pattern.keys()):
-        raise ValueError(
-            f"`pattern` lacks {sorted(missing)[:3]}: pass the weights of the sparse model."
-        )
+    base: Any = model.get_base_model()
+    quantized = _check_base(base, layers)
+    if pattern is not None:
+        _check_pattern(pattern, layers)
     base = model.unload()
     conv1d: set[str] = set()
     if quantized:
@@ -89,7 +87,7 @@ def _check_peft(model: Any) -> None:
     raise TypeError(f"`model` is a {type(model).__name__}: pass the PeftModel that holds the LoRA.")
 
 
-def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+def _lora_layers(model: PeftModel) -> dict[str, Any]:
     """The layers with a LoRA by their name in the base. Raises where one cannot be merged."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -116,7 +114,7 @@ def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     return layers
 
 
-def _check_base(base: PreTrainedModel, layers: Mapping[str, LoraLayer]) -> bool:
+def _check_base(base: Any, layers: Mapping[str, Any]) -> bool:
     """Whether the base is quantized. Raises where it cannot be merged into."""
     if hasattr(base.config, "quantization_config"):
         if not isinstance(base.config.quantization_config, BitsAndBytesConfig):
@@ -127,7 +125,17 @@ def _check_base(base: PreTrainedModel, layers: Mapping[str, LoraLayer]) -> bool:
     return False
 
 
-def _active(layer: LoraLayer) -> list[str]:
+def _check_pattern(pattern: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
+    for name, layer in layers.items():
+        weight = pattern.get(f"{name}.weight")
+        if weight is None or weight.numel() != layer.in_features * layer.out_features:
+            raise ValueError(
+                f"`pattern` lacks {name}.weight, or has it in another size: pass the weights of the "
+                "sparse model, by the names that `state_dict` gives them."
+            )
+
+
+def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
@@ -135,7 +143,7 @@ def _was_conv1d(module: nn.Module) -> bool:
     """Whether it was a Conv1D before bitsandbytes packed it, as transformers notes it down."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    return isinstance(module, (Linear4bit, Linear8bitLt)) and issubclass(module.source_cls, Conv1D)
+    return isinstance(module, (Linear4bit, Linear8bitLt)) and module.source_cls is Conv1D
 
 
 def _conv1d(linear: nn.Linear) -> Conv1D:
