@@ -28,8 +28,7 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
     only for the other model. A causal language model gets a perplexity. A trainer without an eval
     dataset, or None in its place, finds nothing.
 
-    Of the inputs that the trainer's model takes, the other model gets those that it takes too: a
-    DistilBERT no token types.
+    Another model may take fewer inputs than the trainer's: a DistilBERT has no token types.
     """
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
@@ -42,7 +41,7 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
             if not compressed:
                 # The trainer's own loop, collator, metrics and precision, with another model in it.
                 trainer.model = model if bits_of(model) else model.to(trainer.args.device)
-            with _without(_inputs(own) - _inputs(model), model):
+            with _only_known_inputs(model):
                 found = trainer.evaluate(metric_key_prefix=prefix)
         finally:
             trainer.model = own
@@ -79,8 +78,8 @@ def first_batch(trainer: Any) -> dict[str, Tensor] | None:
 
 def accepted_by_all(models: Iterable[nn.Module], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those entries of `batch` that every model's forward names."""
-    names = set.intersection(*map(_inputs, models))
-    return {k: v for k, v in batch.items() if k in names}
+    signatures = [inspect.signature(model.forward).parameters for model in models]
+    return {k: v for k, v in batch.items() if all(k in names for names in signatures)}
 
 
 def rows(trainer: Any) -> int | None:
@@ -92,17 +91,20 @@ def rows(trainer: Any) -> int | None:
     return sum(len(part) for part in parts) if all(map(has_length, parts)) else None
 
 
-def _inputs(model: nn.Module) -> set[str]:
-    return set(inspect.signature(without_adapters(model).forward).parameters)
-
-
 @contextmanager
-def _without(names: set[str], model: nn.Module) -> Iterator[None]:
-    """Meanwhile `model` is called without the inputs `names`."""
+def _only_known_inputs(model: nn.Module) -> Iterator[None]:
+    """Meanwhile a model whose forward would refuse unknown names is called without them.
+
+    Most models of transformers take any, and leave alone what they do not know.
+    """
+    parameters = inspect.signature(without_adapters(model).forward).parameters
 
     def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {name: value for name, value in kwargs.items() if name not in names}
+        return args, {name: value for name, value in kwargs.items() if name in parameters}
 
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        yield
+        return
     hook = model.register_forward_pre_hook(drop, with_kwargs=True)
     try:
         yield

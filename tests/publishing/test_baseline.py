@@ -12,9 +12,16 @@ from hf_compress import DistillationArguments, DistillationTrainer, PruningCallb
 from hf_compress.metrics.functions import accuracy
 
 
-def distilbert():
+class Strict(DistilBertForSequenceClassification):
+    """As a model of one's own may be: unlike those of transformers it swallows no unknown inputs."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def dense_model(kind):
     torch.manual_seed(3)
-    return DistilBertForSequenceClassification(
+    return kind(
         DistilBertConfig(
             vocab_size=VOCABULARY,
             dim=32,
@@ -44,13 +51,15 @@ def reference(model):
     return accuracy(logits.argmax(-1), data["labels"][:]), loss
 
 
+@pytest.mark.parametrize("kind", [DistilBertForSequenceClassification, Strict])
 @pytest.mark.parametrize("distilled", [False, True], ids=["Trainer", "DistillationTrainer"])
-def test_a_dense_model_that_takes_fewer_inputs_is_measured_as_if_alone(distilled, tmp_path):
-    dense = distilbert()
-    kind, name, extra = Trainer, "loss", {}
+def test_a_dense_model_that_takes_fewer_inputs_is_measured_as_if_alone(kind, distilled, tmp_path):
+    dense = dense_model(kind)
+    trainer_class, name, extra = Trainer, "loss", {}
     if distilled:
-        kind, name, extra = DistillationTrainer, "loss_task", {"teacher": copy.deepcopy(dense)}
-    trainer = kind(
+        trainer_class, name = DistillationTrainer, "loss_task"
+        extra = {"teacher": copy.deepcopy(dense)}
+    trainer = trainer_class(
         tiny_bert(),
         settings(tmp_path / "run", DistillationArguments, steps=2),
         train_dataset=rows(16, seed=0),
