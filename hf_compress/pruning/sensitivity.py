@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from hf_compress.figures import new_figure
 from hf_compress.pruning.allocate import by_sensitivity
@@ -110,7 +110,7 @@ def scan_sensitivity(
     selection = find_targets(model, targets, ignore)
     if scores is not None:
         _check_scores(selection, scores)
-    with tqdm(total=1 + len(selection.targets) * len(sparsities), desc="sensitivity") as bar:
+    with logging.tqdm(total=1 + len(selection.targets) * len(sparsities), desc="Scanning") as bar:
         dense = float(evaluate(model))
         if not math.isfinite(dense):
             raise ValueError(
