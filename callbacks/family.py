@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_compress.callbacks.base import CompressionCallback
+from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.figures import new_figure
 from hf_compress.publishing.audit import audit
 from hf_compress.publishing.folder import move_into_place, on_main_process, workplace
@@ -82,7 +83,7 @@ class FamilyCallback(TrainerCallback):
             raise ValueError(
                 f"`levels` is {levels!r}: give fractions in (0, 1) that rise, such as (0.5, 0.8)."
             )
-        target = pruning.describe().get("sparsity")
+        target = pruning.sparsity if isinstance(pruning, PruningCallback) else None
         if isinstance(target, float | int) and levels[-1] > target:
             raise ValueError(
                 f"`levels` ends with {levels[-1]}, but the pruning with {target}: raise its sparsity, "
