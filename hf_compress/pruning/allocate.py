@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from hf_compress.pruning.pruner import check_sparsity
+from hf_compress.pruning.masks import check_sparsity
 
 Fractions = dict[str, float]
 Curve = Mapping[float, float]

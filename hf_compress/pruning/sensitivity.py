@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_compress.figures import new_figure
 from hf_compress.pruning.allocate import by_sensitivity
-from hf_compress.pruning.pruner import check_sparsity
+from hf_compress.pruning.masks import check_sparsity
 from hf_compress.pruning.select import keep_highest
 from hf_compress.targets import Selection, find_targets
 

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
+from packaging.version import Version
 from publishing.runs import IDS, WRITTEN, read, score, settings
 from tiny import classification_rows, language_rows, tiny_bert, tiny_llama, tiny_mixtral
 from transformers import (
@@ -175,6 +177,9 @@ def test_weights_are_found_under_the_names_that_the_files_have(tmp_path):
         publish(trainer, folder=tmp_path / "out")
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="5.17 computes a Dinov2 as it is stored"
+)
 def test_weights_that_share_a_tensor_of_the_files_are_refused():
     config = Dinov2Config(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=28, use_swiglu_ffn=True
