@@ -164,7 +164,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, str, Tensor]]:
 
 def _layout(files: list[Path]) -> tuple[bytes, dict[str, int]]:
     """The header of the packed file, and where each piece begins after it."""
-    entries: dict[str, tuple[str, Tensor]] = {}
+    entries: dict[str, tuple[str, list[int], int]] = {}
     shapes = {}
     for path, name, dtype, tensor in _tensors(files):
         pieces = _pieces(name, tensor)
@@ -173,15 +173,17 @@ def _layout(files: list[Path]) -> tuple[bytes, dict[str, int]]:
         for key, piece in pieces.items():
             if key in entries:
                 raise ValueError(f"{path} holds {key!r}, which another file holds too.")
-            # Only the size is needed; the numbers are read again.
-            entries[key] = "U8" if key.endswith(".bitmask") and name != key else dtype, piece.to("meta")
+            # Kept as plain numbers: small tensors between the large ones would keep the heap from
+            # shrinking, and it would grow to the size of the file.
+            kind = "U8" if key == f"{name}.bitmask" else dtype
+            entries[key] = kind, list(piece.shape), piece.itemsize
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "packed": json.dumps(shapes)}}
     places = {}
     end = 0
     # Wide numbers first: each must begin at a multiple of its size.
-    for key, (dtype, piece) in sorted(entries.items(), key=lambda entry: -entry[1][1].itemsize):
-        places[key], end = end, end + piece.numel() * piece.itemsize
-        header[key] = {"dtype": dtype, "shape": list(piece.shape), "data_offsets": [places[key], end]}
+    for key, (kind, shape, width) in sorted(entries.items(), key=lambda entry: -entry[1][2]):
+        places[key], end = end, end + math.prod(shape) * width
+        header[key] = {"dtype": kind, "shape": shape, "data_offsets": [places[key], end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places
