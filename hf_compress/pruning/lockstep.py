@@ -39,7 +39,7 @@ class _Stopped(Exception):
 
 def lockstep(
     model: nn.Module, batches: Sequence[Batch], names: Collection[str]
-) -> Generator[tuple[str, list[Call]]]:
+) -> Generator[tuple[str, list[Call]], None, None]:
     """Yields each module of `names`, in the order of the forward, with its call for each batch; the
     calls are made when the next is asked for. Ends before the last of them is made.
 
@@ -66,8 +66,8 @@ def lockstep(
             name, *others = sorted({str(place) for place in reached})
             if others or name not in ahead:
                 raise ValueError(
-                    f"the calibration batches take different ways, to {name} and {others}: give batches "
-                    "of one kind."
+                    f"the calibration batches take different ways, to {name} and {others}: give "
+                    "batches of one kind."
                 )
             ahead.remove(name)
             yield name, [lane.call for lane in lanes if lane.call is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from accelerate.utils import OffloadedWeightsLoader, align_module_device, has_offloaded_params
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ def in_memory(model: nn.Module, name: str) -> Iterator[Tensor]:
         param = owner.get_parameter(own_name)
         yield param
         if has_offloaded_params(owner):
-            weights = owner._hf_hook.weights_map
+            hook: Any = owner._hf_hook
+            weights = hook.weights_map
             store = weights.dataset
             if isinstance(store, OffloadedWeightsLoader):
                 store = store.state_dict  # read before the index of what is on disk
