@@ -5,7 +5,8 @@
 
 Calibrates on rows of one book and measures on another. Each method runs in a process of its own, since
 the peak of a process never falls: seconds are those of pruning, `peak_megabytes` is the highest
-resident memory while pruning, and `before_megabytes` what the process held, model included, before.
+resident memory of all the process, and `before_megabytes` what it was after loading; where both are
+equal, loading the GGUF took more than pruning.
 Prints JSON.
 """
 
