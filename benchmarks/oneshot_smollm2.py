@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_compress.pruning.oneshot import prune_oneshot_
+from hf_compress.pruning.oneshot.prune import prune_oneshot_
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COLUMNS = {"grimm-tales": "Content", "book-excerpts": "Text", "andersen": "Content"}

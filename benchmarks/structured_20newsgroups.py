@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_compress import DistillationArguments, DistillationTrainer
 from hf_compress.measure import bytes_on_disk, compare_latency, environment
-from hf_compress.pruning.structured import prune_structure
+from hf_compress.pruning.structure.removal import prune_structure
 from hf_compress.samples import corpus, minilm
 
 

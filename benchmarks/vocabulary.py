@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoModel, AutoTokenizer
 
 from hf_compress.measure import bytes_on_disk, environment
-from hf_compress.pruning.vocabulary import prune_vocabulary
+from hf_compress.pruning.vocabulary.prune import prune_vocabulary
 from hf_compress.samples import corpus, minilm
 
 

@@ -9,11 +9,11 @@ from transformers.utils import logging
 
 from hf_compress.callbacks.base import CompressionCallback
 from hf_compress.constraint import Constraints, constrain, is_constrained
-from hf_compress.pruning.architectures import Kind
-from hf_compress.pruning.structures import find_units
-from hf_compress.pruning.unit_choice import check_fraction, count_kept
-from hf_compress.pruning.unit_config import smaller_config
-from hf_compress.pruning.unit_pruner import UnitPruner
+from hf_compress.pruning.structure.architectures import Kind
+from hf_compress.pruning.structure.choice import check_fraction, count_kept
+from hf_compress.pruning.structure.config import smaller_config
+from hf_compress.pruning.structure.pruner import UnitPruner
+from hf_compress.pruning.structure.units import find_units
 from hf_compress.schedules import Schedule, Shape
 
 logger = logging.get_logger(__name__)
@@ -23,7 +23,7 @@ class StructuredPruningCallback(CompressionCallback):
     """Takes feed-forward neurons and attention heads away inside an unmodified `Trainer`.
 
     ffn, heads: the fraction in [0, 1) of each that goes, the same in every layer; see
-        `hf_compress.pruning.structured.prune_structure` for what must be whole.
+        `hf_compress.pruning.structure.removal.prune_structure` for what must be whole.
     schedule: "cubic", "linear", "cosine", "exponential", "step", "constant", or a function of
         progress in [0, 1].
     start, end: when units begin to go and when all have: optimizer steps (int), or fractions of the

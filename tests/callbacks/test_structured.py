@@ -13,9 +13,9 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, Training
 
 from hf_compress import constrain
 from hf_compress.callbacks.structured import StructuredPruningCallback
-from hf_compress.pruning.structured import alive, shrink
-from hf_compress.pruning.structures import find_units
-from hf_compress.pruning.unit_pruner import UnitPruner
+from hf_compress.pruning.structure.pruner import UnitPruner
+from hf_compress.pruning.structure.removal import alive, shrink
+from hf_compress.pruning.structure.units import find_units
 
 
 def trainer(folder, callback, model=None, rows=classification_rows, **settings):

@@ -15,7 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.pruning.architectures import ARCHITECTURES, KINDS, Architecture, Kind, Stack, Wiring
+from hf_compress.pruning.structure.architectures import (
+    ARCHITECTURES,
+    KINDS,
+    Architecture,
+    Kind,
+    Stack,
+    Wiring,
+)
 from hf_compress.targets import without_adapters
 
 

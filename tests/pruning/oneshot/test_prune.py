@@ -21,8 +21,8 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, DefaultDataCollator
 
 from hf_compress import DistillationArguments, DistillationTrainer, PruningCallback
-from hf_compress.pruning.oneshot import prune_oneshot_
-from hf_compress.pruning.wanda import wanda_mask
+from hf_compress.pruning.oneshot.prune import prune_oneshot_
+from hf_compress.pruning.oneshot.wanda import wanda_mask
 from hf_compress.targets import find_targets
 
 ROWS, LENGTH = 12, 10

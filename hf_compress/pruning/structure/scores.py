@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_compress.pruning.calibration import Batch, check_calibration, evaluating
-from hf_compress.pruning.structures import Units
+from hf_compress.pruning.structure.units import Units
 
 UnitScore = Literal["taylor", "activation", "magnitude", "random"]
 Scores = dict[str, Tensor]

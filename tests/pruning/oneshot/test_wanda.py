@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_compress.pruning.wanda import add_squares, wanda_mask
+from hf_compress.pruning.oneshot.wanda import add_squares, wanda_mask
 
 
 def naive(weight, inputs, sparsity, n_of_m):

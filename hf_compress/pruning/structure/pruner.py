@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_compress.constraint import Constraint, Member
-from hf_compress.pruning.structured import alive, zero_
-from hf_compress.pruning.structures import Units
-from hf_compress.pruning.unit_choice import check_fraction, count_kept, highest
+from hf_compress.pruning.structure.choice import check_fraction, count_kept, highest
+from hf_compress.pruning.structure.removal import alive, zero_
+from hf_compress.pruning.structure.units import Units
 from hf_compress.schedules import Schedule, Shape
 
 
 class UnitPruner(Constraint):
     """Structured pruning of neurons or heads, to be attached by `constrain` to their `parameters`.
 
-    units: what `hf_compress.pruning.structures.find_units` finds, of kind "ffn" or "heads".
+    units: what `hf_compress.pruning.structure.units.find_units` finds, of kind "ffn" or "heads".
     sparsity: fraction in [0, 1) of the units of each place that go; see `prune_structure` for what
         must be whole.
     schedule, start, end: see `hf_compress.schedules.Schedule`. By default it begins late enough for

@@ -7,7 +7,7 @@ import torch
 from tiny import VOCABULARY, tiny_llama
 from torch import nn
 
-from hf_compress.pruning.lockstep import called_once, lockstep
+from hf_compress.pruning.oneshot.lockstep import called_once, lockstep
 
 
 class Skipping(nn.Module):

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from hf_compress import quantized
-from hf_compress.pruning.vocabulary import prune_vocabulary
+from hf_compress.pruning.vocabulary.prune import prune_vocabulary
 from hf_compress.samples import corpus, minilm
 
 TEXTS = corpus("reuters-r8")["train"]["text"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_compress.pruning.structures import Units, find_units
+from hf_compress.pruning.structure.units import Units, find_units
 
 Kept = Mapping[str, Sequence[int]]
 """The units that stay, by the name of their place (`Units.name`); places not named stay whole."""

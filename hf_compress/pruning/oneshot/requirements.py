@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_compress.pruning.calibration import Batch, padding_mask
-from hf_compress.pruning.layer_inputs import Seen, is_stacked, owner_of
+from hf_compress.pruning.oneshot.layer_inputs import Seen, is_stacked, owner_of
 from hf_compress.pruning.pruner import check_sparsity
 from hf_compress.targets import Selection
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_compress.pruning.calibration import Batch, check_calibration, evaluating
-from hf_compress.pruning.layer_inputs import (
+from hf_compress.pruning.oneshot.layer_inputs import (
     Accumulate,
     LayerInputs,
     Seen,
@@ -23,14 +23,19 @@ from hf_compress.pruning.layer_inputs import (
     is_stacked,
     owner_of,
 )
-from hf_compress.pruning.lockstep import called_once, is_inside, lockstep
-from hf_compress.pruning.offloading import in_memory
+from hf_compress.pruning.oneshot.lockstep import called_once, is_inside, lockstep
+from hf_compress.pruning.oneshot.offloading import in_memory
+from hf_compress.pruning.oneshot.requirements import (
+    check_experts,
+    check_seen,
+    check_targets,
+    parse_pattern,
+)
+from hf_compress.pruning.oneshot.sparsegpt import add_gram, inverse_factor, sparsegpt
+from hf_compress.pruning.oneshot.wanda import add_squares, wanda_mask
 from hf_compress.pruning.patterns import keep_n_of_m
-from hf_compress.pruning.requirements import check_experts, check_seen, check_targets, parse_pattern
 from hf_compress.pruning.scores import magnitude
 from hf_compress.pruning.select import keep_highest
-from hf_compress.pruning.sparsegpt import add_gram, inverse_factor, sparsegpt
-from hf_compress.pruning.wanda import add_squares, wanda_mask
 from hf_compress.targets import Selection, Target, find_targets, without_adapters
 
 OneShotScore = Literal["sparsegpt", "wanda", "magnitude"]

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_compress.pruning.tokens import needed_tokens, with_tokens
+from hf_compress.pruning.vocabulary.tokenizer import needed_tokens, with_tokens
 from hf_compress.targets import without_adapters
 
 # Names in a config whose values are ids that must go on existing.

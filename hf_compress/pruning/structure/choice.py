@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.pruning.architectures import Kind
 from hf_compress.pruning.calibration import Batch
-from hf_compress.pruning.structures import Units, find_units
-from hf_compress.pruning.unit_config import check_numbers, smaller_config
-from hf_compress.pruning.unit_scores import UnitScore, score_units
+from hf_compress.pruning.structure.architectures import Kind
+from hf_compress.pruning.structure.config import check_numbers, smaller_config
+from hf_compress.pruning.structure.scores import UnitScore, score_units
+from hf_compress.pruning.structure.units import Units, find_units
 
 Layers = int | Sequence[int]
 
@@ -28,7 +28,7 @@ def choose_units(
     round_to: int = 1,
     seed: int = 0,
 ) -> dict[str, list[int]]:
-    """What `hf_compress.pruning.structured.prune_structure` keeps, to look at or to change before it
+    """What `hf_compress.pruning.structure.removal.prune_structure` keeps, to look at or to change before it
     goes to `remove_units` or `zero_units_`. Arguments and errors as there."""
     fractions: dict[Kind, float] = {"ffn": ffn, "heads": heads, "experts": experts}
     for kind, fraction in fractions.items():

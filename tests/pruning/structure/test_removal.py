@@ -19,9 +19,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from hf_compress.pruning.structured import prune_structure, remove_units, shrink, zero_units_
-from hf_compress.pruning.structures import find_units
-from hf_compress.pruning.unit_choice import choose_units
+from hf_compress.pruning.structure.choice import choose_units
+from hf_compress.pruning.structure.removal import prune_structure, remove_units, shrink, zero_units_
+from hf_compress.pruning.structure.units import find_units
 
 GENERATING = [name for name, row in ANATOMIES.items() if row.generates]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_compress.pruning.sparsegpt import add_gram, inverse_factor, sparsegpt
+from hf_compress.pruning.oneshot.sparsegpt import add_gram, inverse_factor, sparsegpt
 
 DAMPING = 0.01
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.pruning.calibration import Batch
-from hf_compress.pruning.structures import Units, find_units
-from hf_compress.pruning.unit_choice import Layers, choose_units
-from hf_compress.pruning.unit_config import Kept, check_numbers, smaller_config
-from hf_compress.pruning.unit_scores import UnitScore
+from hf_compress.pruning.structure.choice import Layers, choose_units
+from hf_compress.pruning.structure.config import Kept, check_numbers, smaller_config
+from hf_compress.pruning.structure.scores import UnitScore
+from hf_compress.pruning.structure.units import Units, find_units
 
 
 def prune_structure(
@@ -39,7 +39,7 @@ def prune_structure(
         Heads and experts must come out whole; neurons are rounded to the nearest.
     layers: how many layers to keep, or a list of the numbers of those to keep (from 0). It holds for
         both stacks of an encoder-decoder, unless it says {"encoder": ..., "decoder": ...}.
-    score: what decides who stays (see `hf_compress.pruning.unit_scores`): "taylor" (needs labels),
+    score: what decides who stays (see `hf_compress.pruning.structure.scores`): "taylor" (needs labels),
         "activation", "magnitude" or "random" (of `seed`). Everything is scored in the whole model.
     calibration: batches as the model's forward takes them, for "taylor" and "activation".
     round_to: as many neurons stay as a multiple of it; 8 or 64 suit most kernels.

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from hf_compress import quantized
-from hf_compress.pruning.structured import prune_structure
-from hf_compress.pruning.structures import find_units
-from hf_compress.pruning.unit_choice import choose_units
-from hf_compress.pruning.unit_scores import score_units
+from hf_compress.pruning.structure.choice import choose_units
+from hf_compress.pruning.structure.removal import prune_structure
+from hf_compress.pruning.structure.scores import score_units
+from hf_compress.pruning.structure.units import find_units
 
 
 def units(model, kind):

@@ -1,0 +1,1 @@
+"""Neurons, heads, experts and layers that are really removed: smaller ordinary models."""

@@ -1,0 +1,1 @@
+"""A smaller vocabulary: the embedding, the head and the tokenizer shrink together."""
