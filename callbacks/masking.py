@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_compress.callbacks.base import CompressionCallback
-from hf_compress.constraint import Constraints, constrain
+from hf_compress.callbacks.constraining import ConstrainingCallback
 from hf_compress.pruning.masks import ZeroKeeper, check_sparsity
 from hf_compress.pruning.plan import Plan
 from hf_compress.pruning.select import count_kept
@@ -22,7 +20,7 @@ from hf_compress.targets import Selection, Target, find_targets
 logger = logging.get_logger(__name__)
 
 
-class MaskingCallback(CompressionCallback):
+class MaskingCallback(ConstrainingCallback):
     """Zeros in the weights of an unmodified `Trainer`: one constraint for each sparsity.
 
     sparsity: a fraction; or one for each entry of `targets`, as a dict: `{"re:attention": 0.5,
@@ -59,7 +57,6 @@ class MaskingCallback(CompressionCallback):
         self.ignore = ignore
         # Wrong settings are told here rather than when the training begins.
         self._masks = [self._constraint(fraction) for fraction in self._fractions().values()]
-        self._constraints: Constraints | None = None
         self._selection = Selection()
         self._found: dict[str, float] = {}
 
@@ -99,27 +96,6 @@ class MaskingCallback(CompressionCallback):
             constraint = self._constraint(sparsity, targets=targets)
             fractions |= constraint.fractions({name: t.param for name, t in targets.items()})
         return Plan.of(model, self._selection, fractions)
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: object,
-    ) -> None:
-        # Trainer begins again after `auto_find_batch_size` and at a second `train()`.
-        self._detach()
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise ValueError("FSDP1 flattens the parameters: use FSDP2 (`fsdp_version: 2`).")
-        self._masks = []
-        try:
-            self._attach(state, model, optimizer)
-        except Exception:
-            # A refused training leaves nothing behind on the model or the optimizer.
-            self._detach()
-            raise
 
     def on_pre_optimizer_step(
         self,
@@ -165,19 +141,15 @@ class MaskingCallback(CompressionCallback):
     ) -> None:
         """Raise ValueError where a resumed run cannot go on as the saved one would have."""
 
-    def _attach(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+    def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+        self._masks = []
         for sparsity, targets in zip(self._fractions().values(), self._groups(model), strict=True):
             mask = self._constraint(sparsity, targets=targets, model=model)
             self._masks.append(mask)
             parameters = {name: target.param for name, target in targets.items()}
             mask.at(self._time(state, state.global_step), state.max_steps)
             self._check_resumed(mask, parameters, state, optimizer)
-            self._constraints = constrain(optimizer, parameters, mask)
-
-    def _detach(self) -> None:
-        if self._constraints is not None:
-            self._constraints.remove()
-            self._constraints = None
+            self._constrain(optimizer, parameters, mask)
 
     def _fractions(self) -> dict[str | None, float | None]:
         if isinstance(self.sparsity, Mapping):

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_compress.callbacks.constraining import check_resumed
 from hf_compress.callbacks.masking import MaskingCallback
-from hf_compress.constraint import is_constrained
 from hf_compress.pruning.input_squares import InputSquares
 from hf_compress.pruning.masks import ZeroKeeper
 from hf_compress.pruning.pruner import Pruner
@@ -152,14 +152,8 @@ class PruningCallback(MaskingCallback):
         state: TrainerState,
         optimizer: Any,
     ) -> None:
-        if state.global_step == 0 or is_constrained(optimizer, parameters):
-            return
         if mask.begun:
-            raise ValueError(
-                f"the checkpoint of step {state.global_step} knows nothing of this pruning: its "
-                "optimizer.pt is missing, or it was saved without the callback. Resume from another "
-                f"one, or let the schedule begin there: start={state.global_step}."
-            )
+            check_resumed(state, optimizer, parameters, "this pruning")
 
     def _constraint(
         self,

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_compress.callbacks.base import CompressionCallback
-from hf_compress.constraint import Constraints, constrain, is_constrained
+from hf_compress.callbacks.constraining import ConstrainingCallback, check_resumed
 from hf_compress.pruning.structure.architectures import Kind
 from hf_compress.pruning.structure.choice import check_fraction, count_kept
 from hf_compress.pruning.structure.config import smaller_config
@@ -19,7 +18,7 @@ from hf_compress.schedules import Schedule, Shape
 logger = logging.get_logger(__name__)
 
 
-class StructuredPruningCallback(CompressionCallback):
+class StructuredPruningCallback(ConstrainingCallback):
     """Takes feed-forward neurons and attention heads away inside an unmodified `Trainer`.
 
     ffn, heads: the fraction in [0, 1) of each that goes, the same in every layer; see
@@ -71,7 +70,6 @@ class StructuredPruningCallback(CompressionCallback):
         self.end = end
         self.round_to = round_to
         self._pruners: dict[Kind, UnitPruner] = {}
-        self._constraints: Constraints | None = None
 
     @property
     def finished(self) -> bool:
@@ -93,28 +91,13 @@ class StructuredPruningCallback(CompressionCallback):
             **self.measurements(),
         }
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: object,
-    ) -> None:
-        # Trainer begins again after `auto_find_batch_size` and at a second `train()`.
-        self._detach()
+    def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
         self._pruners = self._find(model)
         for kind, pruner in self._pruners.items():
             pruner.at(state.global_step, state.max_steps)
-            begun = pruner.schedule.value(state.global_step, state.max_steps) > 0.0
-            if state.global_step > 0 and begun and not is_constrained(optimizer, pruner.parameters):
-                raise ValueError(
-                    f"the checkpoint of step {state.global_step} knows nothing of pruning {kind}: its "
-                    "optimizer.pt is missing, or it was saved without the callback. Resume from "
-                    f"another one, or let the schedule begin there: start={state.global_step}."
-                )
-            self._constraints = constrain(optimizer, pruner.parameters, pruner)
+            if pruner.begun:
+                check_resumed(state, optimizer, pruner.parameters, f"pruning {kind}")
+            self._constrain(optimizer, pruner.parameters, pruner)
 
     def on_pre_optimizer_step(
         self,
@@ -163,8 +146,3 @@ class StructuredPruningCallback(CompressionCallback):
             )
             for kind, units in found.items()
         }
-
-    def _detach(self) -> None:
-        if self._constraints is not None:
-            self._constraints.remove()
-            self._constraints = None

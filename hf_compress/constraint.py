@@ -116,6 +116,23 @@ class Constraint(abc.ABC):
         """Put the latent weight that `member.param` holds onto the set, in place."""
 
 
+class TimedConstraint(Constraint):
+    """A constraint that follows a schedule: it is told the time before each step."""
+
+    _step = _max_steps = 0
+
+    def at(self, step: int, max_steps: int) -> None:
+        """The coming optimizer step is number `step` (from 1) of `max_steps`."""
+        self._step, self._max_steps = step, max_steps
+
+    def _check_time(self) -> None:
+        if self._max_steps == 0:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"tell the {name} the time before each step: `{name.lower()}.at(step, max_steps)`."
+            )
+
+
 class Constraints:
     """All constraints of one optimizer, and the hooks that apply them. Made by `constrain`."""
 

@@ -23,6 +23,16 @@ class Target:
     param: nn.Parameter
     input_dim: int
 
+    @property
+    def owner(self) -> str:
+        """The name of the module that it belongs to."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is the stacked matrices of experts."""
+        return self.input_dim == -1
+
 
 @dataclass(frozen=True)
 class Selection:

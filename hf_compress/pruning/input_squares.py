@@ -30,7 +30,7 @@ class InputSquares:
         self._closed = False
         layers: dict[str, nn.Module] = {}
         for name, target in self._targets.items():
-            layers[name] = model.get_submodule(name.rpartition(".")[0])
+            layers[name] = model.get_submodule(target.owner)
             if not isinstance(layers[name], (nn.Linear, Conv1D)):
                 raise ValueError(
                     f"the inputs of {name} cannot be seen from outside {type(layers[name]).__name__}: "

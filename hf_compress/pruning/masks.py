@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.constraint import Constraint, Member
+from hf_compress.constraint import Member, TimedConstraint
 from hf_compress.distributed import local
+from hf_compress.pruning.patterns import Pattern
 from hf_compress.pruning.select import count_kept, total
 
 
-class ZeroKeeper(Constraint):
+class ZeroKeeper(TimedConstraint):
     """What is zero stays zero, and everything else is trained.
 
     Gradients of pruned weights are masked before the step, and the weights after it. Memory for each
@@ -29,11 +31,6 @@ class ZeroKeeper(Constraint):
         """Weights in the group."""
         self.pruned = 0
         """Weights of the group that are pruned now."""
-        self._step = self._max_steps = 0
-
-    def at(self, step: int, max_steps: int) -> None:
-        """The coming optimizer step is number `step` (from 1) of `max_steps`."""
-        self._step, self._max_steps = step, max_steps
 
     @property
     def sparsity(self) -> float:
@@ -109,3 +106,24 @@ def check_sparsity(sparsity: float) -> None:
             f"`sparsity` is {sparsity!r}: it is the fraction of weights that become zero, in [0, 1). "
             "For 80 % pass 0.8."
         )
+
+
+def sparsity_of(pattern: Pattern, sparsity: float | None) -> float:
+    """The sparsity that is asked for, or that an N:M pattern means: 1 - N / M.
+
+    Raises ValueError where neither says it, or both say different things.
+    """
+    if pattern.group is None or pattern.kept is None:
+        if sparsity is None:
+            raise ValueError("give `sparsity`: the fraction of weights that become zero, such as 0.8.")
+        check_sparsity(sparsity)
+        return sparsity
+    implied = 1 - pattern.kept / pattern.group
+    if sparsity is not None:
+        check_sparsity(sparsity)
+        if not math.isclose(sparsity, implied):
+            raise ValueError(
+                f"`sparsity` is {sparsity}, but pattern {pattern.name!r} means {implied:.6g}: leave "
+                "`sparsity` out."
+            )
+    return implied

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_compress.pruning.calibration import Batch, check_calibration, evaluating, padding_mask
+from hf_compress.pruning.oneshot.wanda import add_squares
 from hf_compress.targets import Target, find_targets
 
 # "model.layers.3" of "model.layers.3.mlp.up_proj.weight"
@@ -82,10 +83,9 @@ def _squared_inputs(
         inputs = args[0]
         if mask is not None and inputs.shape[:-1] == mask.shape:
             inputs = inputs[mask.to(inputs.device)]
-        found = inputs.float().square().flatten(end_dim=-2).sum(0)
-        sums[name] = sums[name] + found if name in sums else found
+        sums[name] = add_squares(sums.get(name), inputs.float().flatten(end_dim=-2))
 
-    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in targets}
+    layers = {name: model.get_submodule(target.owner) for name, target in targets.items()}
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear | Conv1D):
             raise ValueError(

@@ -53,7 +53,8 @@ class Pattern:
             return cls(name=name, rows=first, columns=second)
         if first >= second:
             raise ValueError(
-                f"`pattern` {name!r} keeps {first} of {second} weights: it prunes nothing."
+                f"`pattern` {name!r} keeps {first} of {second} weights: it prunes nothing. Keep "
+                "fewer, such as '2:4'."
             )
         return cls(name=name, kept=first, group=second)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from hf_compress.constraint import Member
 from hf_compress.distributed import count_in_earlier_shards, local
 from hf_compress.pruning.input_squares import InputSquares
-from hf_compress.pruning.masks import ZeroKeeper, check_sparsity
+from hf_compress.pruning.masks import ZeroKeeper, sparsity_of
 from hf_compress.pruning.patterns import Pattern
 from hf_compress.pruning.ranking import Contest, Formula, Scope, check_scope, contests
 from hf_compress.pruning.scores import Noise, Score, find_score
@@ -85,7 +84,7 @@ class Pruner(ZeroKeeper):
             raise ValueError(f"`decay` is {decay!r}; it lies in [0, 1).")
         if not 0.0 <= min_keep <= 1.0:
             raise ValueError(f"`min_keep` is {min_keep!r}: it is a fraction in [0, 1].")
-        sparsity = _sparsity_of(self.pattern, sparsity)
+        sparsity = sparsity_of(self.pattern, sparsity)
         self.schedule = Schedule(final=sparsity, shape=schedule, start=start, end=end)
         self.score = find_score(score)
         self.scope = scope
@@ -159,10 +158,7 @@ class Pruner(ZeroKeeper):
         super().observe(members)
 
     def update(self, members: Sequence[Member]) -> None:
-        if self._max_steps == 0:
-            raise RuntimeError(
-                "tell the pruner the time before each step: `pruner.at(step, max_steps)`."
-            )
+        self._check_time()
         moved, self._updated = self._step != self._updated, self._step
         due = self._due_at(self.schedule.value(self._last_ranking(), self._max_steps))
         # Not only at the ranking steps: an fp16 overflow may have skipped one.
@@ -236,20 +232,3 @@ def _zeros_last(formula: Formula) -> Formula:
         return formula(weight, *statistic).masked_fill_(weight == 0, LOWEST)
 
     return ranked
-
-
-def _sparsity_of(pattern: Pattern, sparsity: float | None) -> float:
-    if pattern.group is None or pattern.kept is None:
-        if sparsity is None:
-            raise ValueError("give `sparsity`: the fraction of weights that become zero, such as 0.8.")
-        check_sparsity(sparsity)
-        return sparsity
-    implied = 1 - pattern.kept / pattern.group
-    if sparsity is not None:
-        check_sparsity(sparsity)
-        if not math.isclose(sparsity, implied):
-            raise ValueError(
-                f"`sparsity` is {sparsity}, but pattern {pattern.name!r} means {implied:.6g}: leave "
-                "`sparsity` out."
-            )
-    return implied

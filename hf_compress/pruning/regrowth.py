@@ -84,8 +84,7 @@ class RigL(ZeroKeeper):
 
     def _exchanged(self) -> float:
         """The part of the active weights to exchange before this step."""
-        if self._max_steps == 0:
-            raise RuntimeError("tell RigL the time before each step: `rigl.at(step, max_steps)`.")
+        self._check_time()
         end = as_step(self.end, self._max_steps)
         if self._step % self.interval or self._step >= end:
             return 0.0

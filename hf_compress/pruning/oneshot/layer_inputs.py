@@ -66,7 +66,7 @@ class LayerInputs:
             inputs = [call.args[0] for call in calls]
             return {target.name: [self._of_linear(inputs)] for target in targets}
         seen = {
-            target.name: [Seen() for _ in range(len(target.param) if is_stacked(target) else 1)]
+            target.name: [Seen() for _ in range(len(target.param) if target.stacked else 1)]
             for target in targets
         }
         for index, call in enumerate(calls):
@@ -117,8 +117,8 @@ def _watching(
             if rest == 0 and 0 <= expert < len(param):
                 count(name, expert, inputs)
 
-    owners = {target.name: model.get_submodule(owner_of(target)) for target in targets}
-    stacked = {target.name: owners[target.name] for target in targets if is_stacked(target)}
+    owners = {target.name: model.get_submodule(target.owner) for target in targets}
+    stacked = {target.name: owners[target.name] for target in targets if target.stacked}
     hooks = [
         owner.register_forward_pre_hook(partial(see, name))
         for name, owner in owners.items()
@@ -145,21 +145,11 @@ class _LinearCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def owner_of(target: Target) -> str:
-    """The name of the module that a target belongs to."""
-    return target.name.rpartition(".")[0]
-
-
-def is_stacked(target: Target) -> bool:
-    """Whether the target is the stacked matrices of experts, (experts, out, in)."""
-    return target.input_dim == -1
-
-
 @contextmanager
 def eager_experts(model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
     """Only the plain loop over experts calls a linear function for each, where it can be seen."""
     inner = without_adapters(model)
-    if not isinstance(inner, PreTrainedModel) or not any(is_stacked(target) for target in targets):
+    if not isinstance(inner, PreTrainedModel) or not any(target.stacked for target in targets):
         yield
         return
     implementation = inner.get_experts_implementation()

@@ -15,14 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_compress.pruning.calibration import Batch, check_calibration, evaluating
-from hf_compress.pruning.oneshot.layer_inputs import (
-    Accumulate,
-    LayerInputs,
-    Seen,
-    eager_experts,
-    is_stacked,
-    owner_of,
-)
+from hf_compress.pruning.oneshot.layer_inputs import Accumulate, LayerInputs, Seen, eager_experts
 from hf_compress.pruning.oneshot.lockstep import called_once, is_inside, lockstep
 from hf_compress.pruning.oneshot.offloading import in_memory
 from hf_compress.pruning.oneshot.requirements import (
@@ -213,7 +206,7 @@ def _prune_layer_by_layer(
         return method.prune(weight, prepared(seen).to(weight.device))
 
     with evaluating(model), eager_experts(model, targets):
-        layers = called_once(model, batches[0], {owner_of(target) for target in targets})
+        layers = called_once(model, batches[0], {target.owner for target in targets})
         decoder = _decoder_around(model, layers)
         inputs = LayerInputs(batches, method.accumulate)
         with (
@@ -224,7 +217,7 @@ def _prune_layer_by_layer(
                 if name in decoder:
                     inputs.enter_decoder(calls)
                     continue
-                own = [t for t in targets if owner_of(t) == name or is_inside(owner_of(t), name)]
+                own = [t for t in targets if t.owner == name or is_inside(t.owner, name)]
                 seen = inputs.of(model, name, calls, own)
                 del calls  # what the forwards, going on, let go of
                 for target in own:
@@ -273,7 +266,7 @@ def _output_energy(weight: Tensor, total: Tensor | None) -> float:
 
 def _matrices(param: Tensor, target: Target) -> list[Tensor]:
     """Views (out, in) of a weight, one for each of stacked experts."""
-    if is_stacked(target):
+    if target.stacked:
         return list(param.detach())
     matrix = param.detach()
     return [matrix.t() if target.input_dim == 0 else matrix]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 
 from accelerate.utils import has_offloaded_params
@@ -13,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_compress.pruning.calibration import Batch, padding_mask
-from hf_compress.pruning.oneshot.layer_inputs import Seen, is_stacked, owner_of
-from hf_compress.pruning.pruner import check_sparsity
+from hf_compress.pruning.masks import sparsity_of
+from hf_compress.pruning.oneshot.layer_inputs import Seen
+from hf_compress.pruning.patterns import Pattern
 from hf_compress.targets import Selection
 
 logger = logging.get_logger(__name__)
@@ -22,26 +21,17 @@ logger = logging.get_logger(__name__)
 
 def parse_pattern(pattern: str, sparsity: float | None) -> tuple[tuple[int, int] | None, float]:
     """(n, m) of "N:M", None for "unstructured"; and the sparsity that it makes."""
-    if sparsity is not None:
-        check_sparsity(sparsity)
-    if pattern == "unstructured":
-        if sparsity is None:
-            raise ValueError("give `sparsity`, the fraction of the weights that become zero, like 0.5.")
-        return None, sparsity
-    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-    if found is None or not 0 < int(found[1]) < int(found[2]):
+    parsed = Pattern.parse(pattern)
+    if not parsed.elementwise:
         raise ValueError(f"`pattern` is {pattern!r}; it is 'unstructured', or 'N:M' such as '2:4'.")
-    n, m = int(found[1]), int(found[2])
-    if sparsity is not None and not math.isclose(sparsity, 1 - n / m):
-        raise ValueError(
-            f"`sparsity` is {sparsity!r}, but {pattern} makes {1 - n / m:.4g}: leave `sparsity` out."
-        )
-    return (n, m), 1 - n / m
+    if parsed.kept is None or parsed.group is None:
+        return None, sparsity_of(parsed, sparsity)
+    return (parsed.kept, parsed.group), sparsity_of(parsed, sparsity)
 
 
 def check_targets(model: nn.Module, selection: Selection, n_of_m: tuple[int, int] | None) -> None:
     for name, target in selection.targets.items():
-        owner, param = model.get_submodule(owner_of(target)), target.param
+        owner, param = model.get_submodule(target.owner), target.param
         stacked = "Experts" in type(owner).__name__
         if not (stacked or isinstance(owner, (nn.Linear, Conv1D))):
             raise ValueError(
@@ -68,7 +58,7 @@ def check_targets(model: nn.Module, selection: Selection, n_of_m: tuple[int, int
 
 
 def check_experts(batches: Sequence[Batch], selection: Selection) -> None:
-    stacked = [name for name, target in selection.targets.items() if is_stacked(target)]
+    stacked = [name for name, target in selection.targets.items() if target.stacked]
     for index, batch in enumerate(batches):
         if stacked and padding_mask(batch, "attention_mask") is not None:
             raise ValueError(

@@ -28,8 +28,8 @@ def choose_units(
     round_to: int = 1,
     seed: int = 0,
 ) -> dict[str, list[int]]:
-    """What `hf_compress.pruning.structure.removal.prune_structure` keeps, to look at or to change before it
-    goes to `remove_units` or `zero_units_`. Arguments and errors as there."""
+    """What `hf_compress.pruning.structure.removal.prune_structure` keeps, to look at or to change
+    before it goes to `remove_units` or `zero_units_`. Arguments and errors as there."""
     fractions: dict[Kind, float] = {"ffn": ffn, "heads": heads, "experts": experts}
     for kind, fraction in fractions.items():
         check_fraction(kind, fraction)

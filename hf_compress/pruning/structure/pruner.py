@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_compress.constraint import Constraint, Member
+from hf_compress.constraint import Member, TimedConstraint
 from hf_compress.pruning.structure.choice import check_fraction, count_kept, highest
 from hf_compress.pruning.structure.removal import alive, zero_
 from hf_compress.pruning.structure.units import Units
 from hf_compress.schedules import Schedule, Shape
 
 
-class UnitPruner(Constraint):
+class UnitPruner(TimedConstraint):
     """Structured pruning of neurons or heads, to be attached by `constrain` to their `parameters`.
 
     units: what `hf_compress.pruning.structure.units.find_units` finds, of kind "ffn" or "heads".
@@ -69,16 +69,11 @@ class UnitPruner(Constraint):
         self._final = [u.count - count_kept(u, sparsity, round_to) for u in units]
         self._alive: list[Tensor] = []
         self._members: dict[str, Member] = {}
-        self._step = self._max_steps = 0
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that the units own a part of, by name."""
         return {piece.name: piece.param for u in self.units for piece in u.slices}
-
-    def at(self, step: int, max_steps: int) -> None:
-        """The coming optimizer step is number `step` (from 1) of `max_steps`."""
-        self._step, self._max_steps = step, max_steps
 
     @property
     def total(self) -> int:
@@ -94,6 +89,11 @@ class UnitPruner(Constraint):
     def sparsity(self) -> float:
         """The fraction of the units that is gone now."""
         return self.pruned / max(self.total, 1)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there must be state of an earlier step now, which a resumed run cannot make up."""
+        return self.schedule.value(self._step, self._max_steps) > 0.0
 
     @property
     def finished(self) -> bool:
@@ -136,10 +136,7 @@ class UnitPruner(Constraint):
                 self._members[u.reading[0].name]["unit_average"].lerp_(worth, 1.0 - self.decay)
 
     def update(self, members: Sequence[Member]) -> None:
-        if self._max_steps == 0:
-            raise RuntimeError(
-                "tell the pruner the time before each step: `pruner.at(step, max_steps)`."
-            )
+        self._check_time()
         due = self.schedule.value(self._step, self._max_steps)
         for i, (u, final) in enumerate(zip(self.units, self._final, strict=True)):
             gone = round(due * final)
