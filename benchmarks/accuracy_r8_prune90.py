@@ -7,7 +7,7 @@ import argparse
 import json
 import tempfile
 
-import r8
+import minilm
 from transformers import set_seed
 
 from hf_compress import PruningCallback
@@ -24,18 +24,27 @@ def main():
     parser.add_argument("--length", type=int, default=128, help="tokens for each row")
     parser.add_argument("--dense_epochs", type=int, default=3)
     options = parser.parse_args()
-    tokenizer, train, test, names = r8.load(options.length)
-    folder = r8.dense(tokenizer, train, test, names, length=options.length, epochs=options.dense_epochs)
+    tokenizer, train, test, names = minilm.load("reuters-r8", options.length)
+    folder = minilm.dense(
+        "reuters-r8",
+        tokenizer,
+        train,
+        test,
+        names,
+        length=options.length,
+        epochs=options.dense_epochs,
+        learning_rate=2e-4,
+    )
     with tempfile.TemporaryDirectory() as output:
-        baseline = r8.trainer(r8.classifier(folder, names), output, tokenizer, train, test)
+        baseline = minilm.trainer(minilm.classifier(folder, names), output, tokenizer, train, test)
         result = {**vars(options), "dense": baseline.evaluate()["eval_accuracy"], "pruned": []}
         for seed in options.seeds:
             set_seed(seed)
             callback = PruningCallback(
                 options.sparsity, score=options.score, end=options.end, interval=options.interval
             )
-            run = r8.trainer(
-                r8.classifier(folder, names),
+            run = minilm.trainer(
+                minilm.classifier(folder, names),
                 output,
                 tokenizer,
                 train,

@@ -15,13 +15,13 @@ import csv
 import importlib.util
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from memory import peak_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_compress.pruning.oneshot.prune import prune_oneshot_
@@ -67,10 +67,6 @@ def perplexity(model, ids):
     return math.exp(sum(losses) / len(losses))
 
 
-def peak():
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
 def measure(score, options):
     model, tokenizer = load()
     ids = rows(tokenizer, options.evaluation, options.evaluation_rows, options.length)
@@ -78,7 +74,7 @@ def measure(score, options):
         return {"score": score, "perplexity": round(perplexity(model, ids), 2)}
     calibration = rows(tokenizer, options.calibration, options.rows, options.length)
     batches = [{"input_ids": part} for part in calibration.split(options.batch)]
-    before, start = peak(), time.perf_counter()
+    before, start = peak_bytes(), time.perf_counter()
     report = prune_oneshot_(
         model,
         batches,
@@ -92,8 +88,8 @@ def measure(score, options):
         "pattern": options.pattern,
         "sparsity_found": report.sparsity,
         "seconds": round(seconds, 1),
-        "before_megabytes": before,
-        "peak_megabytes": peak(),
+        "before_megabytes": round(before / 1e6),
+        "peak_megabytes": round(peak_bytes() / 1e6),
         "perplexity": round(perplexity(model, ids), 2),
     }
 

@@ -9,7 +9,6 @@ trains in a process of its own, since the peak of a process never falls. Prints 
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import time
 
 import torch
 from datasets import Dataset
+from memory import peak_bytes
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress import PruningCallback
@@ -107,7 +107,7 @@ def main():
     if options.peak:
         with tempfile.TemporaryDirectory() as folder:
             trainer(options.peak, folder, options).train()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_bytes())
         return
     memory = {kind: peak(kind, options) for kind in KINDS}
     result = {

@@ -9,12 +9,12 @@ Time per weight must not grow, and the extra memory (beyond the masks that are t
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import torch
+from memory import peak_bytes
 
 from hf_compress.pruning.scores import magnitude
 from hf_compress.pruning.select import keep_highest
@@ -22,16 +22,12 @@ from hf_compress.pruning.select import keep_highest
 LAYER = 5_000_000
 
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(millions, method):
     weights = [torch.randn(LAYER) for _ in range(millions * 1_000_000 // LAYER)]
-    first = peak()
+    first = peak_bytes()
     keep_highest(magnitude, [(torch.randn(1_000_000),)], 500_000)
     torch.randn(1_000_000).kthvalue(500_000)
-    before, start = peak(), time.perf_counter()
+    before, start = peak_bytes(), time.perf_counter()
     kept = millions * 1_000_000 // 10
     if method == "hf_compress":
         masks = keep_highest(magnitude, [(weight,) for weight in weights], kept)
@@ -49,7 +45,7 @@ def measure(millions, method):
         "seconds": round(seconds, 3),
         "ns_per_weight": round(seconds * 1000 / millions, 2),
         "extra_memory_of_weights": round(
-            max(peak() - before - masks_bytes, 0) / (4_000_000 * millions), 3
+            max(peak_bytes() - before - masks_bytes, 0) / (4_000_000 * millions), 3
         ),
         "fixed_megabytes": round((before - first) / 1e6, 1),
         "exact": count == kept,

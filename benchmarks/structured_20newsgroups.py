@@ -10,11 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import r8
+import minilm
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     set_seed,
 )
@@ -22,46 +21,12 @@ from transformers import (
 from hf_compress import DistillationArguments, DistillationTrainer
 from hf_compress.measure import bytes_on_disk, compare_latency, environment
 from hf_compress.pruning.structure.removal import prune_structure
-from hf_compress.samples import corpus, minilm
 
-
-def load(options):
-    tokenizer = AutoTokenizer.from_pretrained(minilm())
-    data = corpus("20newsgroups").rename_column("label", "labels").shuffle(seed=0)
-    names = data["train"].features["labels"].names
-    if options.rows is not None:
-        data = {split: rows.select(range(options.rows)) for split, rows in data.items()}
-    train, test = (
-        data[split].map(
-            lambda rows: tokenizer(rows["text"], truncation=True, max_length=options.length),
-            batched=True,
-            remove_columns="text",
-        )
-        for split in ("train", "test")
-    )
-    return tokenizer, train, test, names
-
-
-def dense_model(tokenizer, train, test, names, options):
-    """Folder of MiniLM fine-tuned on all rows; trained once and kept in the cache."""
-    part = "" if options.rows is None else f"-{options.rows}-rows"
-    folder = r8.CACHE / f"20newsgroups-{options.length}-tokens-{options.dense_epochs}-epochs{part}"
-    if not (folder / "config.json").exists():
-        run = r8.trainer(
-            r8.classifier(minilm(), names),
-            r8.CACHE / "tmp",
-            tokenizer,
-            train,
-            test,
-            num_train_epochs=options.dense_epochs,
-        )
-        run.train()
-        run.save_model(folder)
-    return folder
+CORPUS = "20newsgroups"
 
 
 def accuracy(model, output, tokenizer, train, test):
-    return r8.trainer(model, output, tokenizer, train, test).evaluate()["eval_accuracy"]
+    return minilm.trainer(model, output, tokenizer, train, test).evaluate()["eval_accuracy"]
 
 
 def recover(student, teacher, output, tokenizer, train, options, seed):
@@ -104,10 +69,12 @@ def main():
     parser.add_argument("--runs", type=int, default=50, help="forward passes for each latency")
     parser.add_argument("--rows", type=int, help="of each split; all by default")
     options = parser.parse_args()
-    tokenizer, train, test, names = load(options)
-    folder = dense_model(tokenizer, train, test, names, options)
+    tokenizer, train, test, names = minilm.load(CORPUS, options.length, options.rows)
+    folder = minilm.dense(
+        CORPUS, tokenizer, train, test, names, length=options.length, epochs=options.dense_epochs
+    )
     collate = DataCollatorWithPadding(tokenizer)
-    rows = train.select(range(min(options.calibration_rows, len(train))))
+    rows = train.shuffle(seed=0).select(range(min(options.calibration_rows, len(train))))
     calibration = [
         collate([rows[i] for i in range(at, min(at + 32, len(rows)))]) for at in range(0, len(rows), 32)
     ]

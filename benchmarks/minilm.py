@@ -1,8 +1,9 @@
-"""Shared by the benchmarks on Reuters R8: data, the fine-tuned dense MiniLM, and its training."""
+"""Shared by the benchmarks that fine-tune MiniLM: data, the dense model, and its training."""
 
 import os
 from pathlib import Path
 
+from datasets import DatasetDict
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -16,17 +17,19 @@ from hf_compress.samples import corpus, minilm
 CACHE = Path(os.environ.get("HF_COMPRESS_CACHE", Path.home() / ".cache" / "hf_compress"))
 
 
-def load(length):
-    """Tokenizer, tokenized train and test split, label names."""
+def load(name, length, rows=None):
+    """Tokenizer, tokenized train and test split of a corpus, label names. rows: so many at random."""
     tokenizer = AutoTokenizer.from_pretrained(minilm())
-    data = corpus("reuters-r8").rename_column("label", "labels")
-    names = data["train"].features["labels"].names
+    data = corpus(name).rename_column("label", "labels")
+    labels = data["train"].features["labels"].names
+    if rows is not None:
+        data = DatasetDict({s: part.shuffle(seed=0).select(range(rows)) for s, part in data.items()})
     data = data.map(
         lambda rows: tokenizer(rows["text"], truncation=True, max_length=length),
         batched=True,
         remove_columns="text",
     )
-    return tokenizer, data["train"], data["test"], names
+    return tokenizer, data["train"], data["test"], labels
 
 
 def accuracy(prediction):
@@ -66,9 +69,10 @@ def classifier(folder, names):
     )
 
 
-def dense(tokenizer, train, test, names, *, length, epochs):
-    """Folder of MiniLM fine-tuned on R8; trained once and kept in the cache."""
-    folder = CACHE / f"r8-dense-{length}-tokens-{epochs}-epochs"
+def dense(corpus_name, tokenizer, train, test, names, *, length, epochs, learning_rate=1e-4):
+    """Folder of MiniLM fine-tuned on the rows; trained once and kept in the cache."""
+    settings = (length, "tokens", epochs, "epochs", len(train), "rows", learning_rate)
+    folder = CACHE / "-".join(map(str, (corpus_name, *settings)))
     if not (folder / "config.json").exists():
         fine = trainer(
             classifier(minilm(), names),
@@ -77,7 +81,7 @@ def dense(tokenizer, train, test, names, *, length, epochs):
             train,
             test,
             num_train_epochs=epochs,
-            learning_rate=2e-4,
+            learning_rate=learning_rate,
         )
         fine.train()
         fine.save_model(folder)
