@@ -8,6 +8,8 @@ from tiny import (
     VOCABULARY,
     classification_rows,
     language_rows,
+    random_images,
+    random_sound,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -54,15 +56,11 @@ def translation(count=8):
 
 
 def images(count=8):
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(count, 3, 16, 16, generator=generator)
-    return {"pixel_values": pixels, "labels": torch.arange(count) % 3}
+    return {"pixel_values": random_images(count), "labels": torch.arange(count) % 3}
 
 
 def speech(count=8):
-    generator = torch.Generator().manual_seed(0)
-    features = torch.rand(count, 80, 32, generator=generator)
-    return {"input_features": features, "labels": language(count)["labels"]}
+    return {"input_features": random_sound(count), "labels": language(count)["labels"]}
 
 
 def decoder(config, model, **sizes):

@@ -13,6 +13,8 @@ from tiny import (
     VOCABULARY,
     classification_rows,
     language_rows,
+    random_images,
+    random_sound,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -29,15 +31,13 @@ STEPS = 12
 
 
 def image_rows():
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(32, 3, 16, 16, generator=generator)
+    pixels = random_images(32)
     return Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": [i % 3 for i in range(32)]})
 
 
 def sound_rows():
-    generator = torch.Generator().manual_seed(0)
-    sound = torch.randn(16, 80, 32, generator=generator)
-    labels = torch.randint(5, VOCABULARY, (16, 8), generator=generator)
+    sound = random_sound(16)
+    labels = torch.randint(5, VOCABULARY, (16, 8), generator=torch.Generator().manual_seed(0))
     return Dataset.from_dict({"input_features": sound.tolist(), "labels": labels.tolist()})
 
 

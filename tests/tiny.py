@@ -189,3 +189,13 @@ def tiny_whisper(layers=2, seed=0):
             begin_suppress_tokens=None,
         )
     )
+
+
+def random_images(count, seed=0):
+    """(count, 3, 16, 16), as `tiny_vit` takes them."""
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def random_sound(count, seed=0):
+    """(count, 80, 32), as `tiny_whisper` takes it."""
+    return torch.randn(count, 80, 32, generator=torch.Generator().manual_seed(seed))

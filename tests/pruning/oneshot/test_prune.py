@@ -6,16 +6,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
+from calibrations import ARCHITECTURES, ROWS, build, mask, text, tokens
 from tiny import (
     VOCABULARY,
     classification_rows,
     tiny_bert,
-    tiny_gpt2,
     tiny_llama,
     tiny_mixtral,
-    tiny_t5,
-    tiny_vit,
-    tiny_whisper,
 )
 from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, DefaultDataCollator
@@ -25,52 +22,7 @@ from hf_compress.pruning.oneshot.prune import prune_oneshot_
 from hf_compress.pruning.oneshot.wanda import wanda_mask
 from hf_compress.targets import find_targets
 
-ROWS, LENGTH = 12, 10
-
-
-def tokens(seed=1, rows=ROWS):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, VOCABULARY, (rows, LENGTH), generator=generator)
-
-
-def mask(seed=2, rows=ROWS):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, LENGTH + 1, (rows, 1), generator=generator)
-    return (torch.arange(LENGTH) < lengths).long()
-
-
-def text():
-    return {"input_ids": tokens(), "attention_mask": mask()}
-
-
-def pairs():
-    return text() | {"decoder_input_ids": tokens(3), "decoder_attention_mask": mask(4)}
-
-
-def images():
-    return {"pixel_values": torch.randn(ROWS, 3, 16, 16, generator=torch.Generator().manual_seed(5))}
-
-
-def speech():
-    features = torch.randn(ROWS, 80, 32, generator=torch.Generator().manual_seed(6))
-    return {"input_features": features, "decoder_input_ids": tokens(3)}
-
-
-# The model, and its calibration in one batch.
-ARCHITECTURES = {
-    "bert": (tiny_bert, text),
-    "gpt2": (tiny_gpt2, text),
-    "llama": (tiny_llama, text),
-    "t5": (tiny_t5, pairs),
-    "vit": (tiny_vit, images),
-    "whisper": (tiny_whisper, speech),
-}
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-def build(name):
-    model, batch = ARCHITECTURES[name]
-    return model(), batch()
 
 
 def cut(batch, size):
@@ -394,102 +346,3 @@ def test_training_goes_on_at_fixed_zeros_with_the_dense_model_as_teacher(tmp_pat
         old = find_targets(sparse).targets[name].param
         assert target.param.eq(0).equal(old.eq(0)), name
         assert not target.param.equal(old), name
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return x @ self.layer.weight
-
-
-class Sometimes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x, short=False):
-        x = self.first(x)
-        return x if short else self.second(x)
-
-
-def nan_batch():
-    return {"inputs_embeds": torch.full((1, 4, 32), torch.nan)}
-
-
-REFUSALS = [
-    ({"sparsity": 80}, ValueError, "fraction"),
-    ({"sparsity": 1.0}, ValueError, "fraction"),
-    ({"sparsity": -0.1}, ValueError, "fraction"),
-    ({"sparsity": "half"}, ValueError, "fraction"),
-    ({"sparsity": None}, ValueError, "give `sparsity`"),
-    ({"score": "obd"}, ValueError, "sparsegpt, wanda, magnitude"),
-    ({"pattern": "4:2"}, ValueError, "such as '2:4'"),
-    ({"pattern": "0:4"}, ValueError, "such as '2:4'"),
-    ({"pattern": "block"}, ValueError, "such as '2:4'"),
-    ({"pattern": 24}, ValueError, "such as '2:4'"),
-    ({"pattern": "2:4", "sparsity": 0.75}, ValueError, "leave `sparsity` out"),
-    ({"pattern": "2:5", "sparsity": None, "block_size": 100}, ValueError, "groups of 5 do not divide"),
-    ({"pattern": "2:4", "block_size": 6}, ValueError, "multiple of 4"),
-    ({"block_size": 0}, ValueError, "number of columns"),
-    ({"damping": 0.0}, ValueError, "above 0"),
-    ({"damping": float("nan")}, ValueError, "above 0"),
-    ({"calibration": None}, ValueError, "needs `calibration`"),
-    ({"calibration": []}, ValueError, "empty"),
-    ({"calibration": text()}, TypeError, "pass several batches"),
-    ({"calibration": "text"}, TypeError, "pass several batches"),
-    ({"calibration": 3}, TypeError, "pass several batches"),
-    ({"calibration": [torch.ones(2, 4)]}, TypeError, "no mapping of tensors"),
-    ({"calibration": [{"input_ids": [[1, 2]]}]}, TypeError, "no mapping of tensors"),
-    ({"calibration": [nan_batch()]}, ValueError, "holds NaN"),
-    ({"targets": "query"}, ValueError, "matches no weight"),
-    ({"ignore": "query"}, ValueError, "matches no weight"),
-    ({"targets": "model.embed_tokens"}, ValueError, "does not call|Linear"),
-]
-
-
-@pytest.mark.parametrize(("settings", "error", "message"), REFUSALS)
-def test_refuses_and_changes_nothing(settings, error, message):
-    model = tiny_llama()
-    before = copy.deepcopy(model.state_dict())
-    settings = {"sparsity": 0.5} | settings
-    calibration = settings.pop("calibration", [text()])
-    with pytest.raises(error, match=message):
-        prune_oneshot_(model, calibration, **settings)
-    for key, tensor in model.state_dict().items():
-        assert tensor.equal(before[key])
-
-
-@pytest.mark.parametrize(
-    ("build", "batch", "message"),
-    [
-        (Functional, {"x": torch.ones(2, 8)}, "does not call `layer`"),
-        (tiny_mixtral, text(), "padding, which cannot be told apart"),
-        (lambda: tiny_llama().to("meta"), text(), "on the meta device"),
-    ],
-)
-def test_refuses_models(build, batch, message):
-    with pytest.raises(ValueError, match=message):
-        prune_oneshot_(build(), [batch], sparsity=0.5)
-
-
-def test_refuses_weights_that_are_nan():
-    model = tiny_llama()
-    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="down_proj.weight` holds NaN"):
-        prune_oneshot_(model, [text()], sparsity=0.5)
-
-
-def test_refuses_inputs_that_overflow():
-    model = tiny_llama()
-    model.model.layers[0].mlp.up_proj.weight.data *= 1e30
-    with pytest.raises(ValueError, match="inputs of .*down_proj.weight` are NaN or infinite"):
-        prune_oneshot_(model, [text()], sparsity=0.5, score="wanda")
-
-
-def test_refuses_batches_of_two_kinds():
-    batches = [{"x": torch.ones(2, 8)}, {"x": torch.ones(2, 8), "short": torch.tensor(True)}]
-    with pytest.raises(ValueError, match="take different ways"):
-        prune_oneshot_(Sometimes(), batches, sparsity=0.5)
