@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress import PruningCallback, constrain
+from hf_compress.callbacks.structured import StructuredPruningCallback
 from hf_compress.pruning.pruner import Pruner
 
 
@@ -19,12 +20,17 @@ def one_process(tmp_path):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_the_callback_refuses_it(one_process, tmp_path, use_orig_params):
+@pytest.mark.parametrize(
+    "callback",
+    [PruningCallback(0.5), StructuredPruningCallback(ffn=0.5)],
+    ids=lambda c: type(c).__name__,
+)
+def test_the_callbacks_refuse_it(one_process, tmp_path, callback, use_orig_params):
     model = FullyShardedDataParallel(
         tiny_bert(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
     with pytest.raises(ValueError, match="use FSDP2"):
-        PruningCallback(0.5).on_train_begin(
+        callback.on_train_begin(
             TrainingArguments(str(tmp_path), use_cpu=True),
             TrainerState(max_steps=10),
             TrainerControl(),
