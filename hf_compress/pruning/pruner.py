@@ -155,7 +155,10 @@ class Pruner(ZeroKeeper):
             for member in members:
                 seen = cast(Tensor, member.param.grad) if squares is None else squares[member.name]
                 accumulate(local(member["statistic"]), local(member.latent), local(seen), self.decay)
-        super().observe(members)
+                # At once, while its gradient is in the cache.
+                super().observe([member])
+        else:
+            super().observe(members)
 
     def update(self, members: Sequence[Member]) -> None:
         self._check_time()

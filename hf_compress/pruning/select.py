@@ -150,8 +150,9 @@ def _histogram(
 def _keys(formula: Callable[..., Tensor], tensors: Inputs) -> Iterator[tuple[slice, Tensor]]:
     """int32 keys that sort as the fp32 scores do; -0 and 0 share one."""
     for place, score in _pieces(formula, tensors):
+        # A copy too: a formula may give the statistic itself.
         bits = (score + 0.0).view(torch.int32)
-        yield place, bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        yield place, bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 
 def _pieces(formula: Callable[..., Tensor], tensors: Inputs) -> Iterator[tuple[slice, Tensor]]:
