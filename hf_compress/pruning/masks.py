@@ -67,7 +67,8 @@ class ZeroKeeper(TimedConstraint):
                 continue
             if member["mask"].dtype != torch.bool:
                 member["mask"] = member["mask"] != 0
-            _check_restored(member)
+            astray = local(member.param).masked_fill(local(member["mask"]), 0).count_nonzero()
+            check_restored(member.name, total(int(astray), member.param))
         self.total = size_of(members)
         self.pruned = self.total - sum(count_kept(member["mask"]) for member in members)
 
@@ -83,12 +84,13 @@ class ZeroKeeper(TimedConstraint):
             local(member.param).mul_(local(member["mask"]))
 
 
-def _check_restored(member: Member) -> None:
-    astray = local(member.param).masked_fill(local(member["mask"]), 0).count_nonzero()
-    if total(int(astray), member.param) > 0:
+def check_restored(name: str, astray: int) -> None:
+    """Raises ValueError where `name` has something `astray`: not zero, though the optimizer's state
+    says that it is pruned."""
+    if astray > 0:
         # Trainer (transformers 5.23) does so where a model's tensors have other names in files.
         raise ValueError(
-            f"{member.name} is not as sparse as the checkpoint's optimizer says: its weights were not "
+            f"{name} is not as sparse as the checkpoint's optimizer says: its weights were not "
             "loaded. Make the model by `from_pretrained(checkpoint)`, and resume then."
         )
 

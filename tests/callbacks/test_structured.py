@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from anatomies import ANATOMIES, shaken
-from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
+from datasets import Dataset
+from tiny import classification_rows, language_rows, random_images, tiny_bert, tiny_llama, tiny_vit
 from torch.distributed.fsdp import fully_shard
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -292,6 +293,30 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path):
         trainer(tmp_path, StructuredPruningCallback(ffn=0.5)).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-10")
         )
+
+
+def pictures(rows=64):
+    return Dataset.from_dict(
+        {"pixel_values": random_images(rows).tolist(), "labels": [i % 3 for i in range(rows)]}
+    )
+
+
+@pytest.mark.parametrize("fractions", [{"ffn": 0.5}, {"heads": 0.5}])
+def test_weights_that_were_not_loaded_are_told(tmp_path, fractions):
+    """The tensors of a ViT have other names in files, and Trainer leaves them out with a warning."""
+    settings = {"save_strategy": "steps", "save_steps": 10}
+
+    def run(model):
+        return trainer(tmp_path, StructuredPruningCallback(**fractions), model, pictures, **settings)
+
+    whole = run(tiny_vit())
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-10")
+    with pytest.raises(ValueError, match=r"were not loaded.*from_pretrained\(checkpoint\)"):
+        run(tiny_vit()).train(resume_from_checkpoint=checkpoint)
+    rest = run(type(whole.model).from_pretrained(checkpoint))
+    rest.train(resume_from_checkpoint=checkpoint)
+    assert all(v.equal(rest.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
 
 
 def test_layers_and_experts_are_for_before_the_training():

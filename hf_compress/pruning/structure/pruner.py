@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_compress.constraint import Member, TimedConstraint
+from hf_compress.pruning.masks import check_restored
 from hf_compress.pruning.structure.choice import check_fraction, count_kept, highest
 from hf_compress.pruning.structure.removal import alive, zero_
 from hf_compress.pruning.structure.units import Units
@@ -32,12 +33,13 @@ class UnitPruner(TimedConstraint):
     would tell their worth, since a unit that neither reads nor writes has no gradient. Units that are
     zero at the start count as gone.
 
-    Memory: one number for each unit; no latent weights and no masks, since the zeros say it all.
+    Memory: two numbers for each unit; no latent weights and no masks of weights.
 
     In a loop of your own, tell it the time before each step: `pruner.at(step, max_steps)`, with the
     number of optimizer steps taken when this one is done. Then `shrink(model)`.
 
-    Raises ValueError for a fraction that units cannot lose and, when attached, for sharded parameters.
+    Raises ValueError for a fraction that units cannot lose and, when attached, for sharded parameters
+    and for the optimizer of a checkpoint without its weights.
     """
 
     order = 0
@@ -119,12 +121,15 @@ class UnitPruner(TimedConstraint):
                     f"the {final} to be pruned: `shrink` the model first, or ask for more."
                 )
         self._members = {member.name: member for member in members}
-        for u in self.units:
-            member = self._members[u.reading[0].name]
+        for u, living in zip(self.units, self._alive, strict=True):
+            member = self._keeper(u)
             if "unit_average" not in member:
                 member["unit_average"] = torch.zeros(
                     u.count, dtype=member.param.dtype, device=member.param.device
                 )
+            if "unit_mask" in member:
+                check_restored(u.name, int((living & (member["unit_mask"].cpu() == 0)).sum()))
+            member["unit_mask"] = living.to(member.param.device)
 
     def observe(self, members: Sequence[Member]) -> None:
         trained = {member.name for member in members}
@@ -133,7 +138,7 @@ class UnitPruner(TimedConstraint):
                 # Of the weights the model has, not of latent ones: only for those it is the derivative.
                 sums = [p.by_unit(p.param * cast(Tensor, p.param.grad)) for p in u.reading]
                 worth = torch.stack(sums).sum(0).abs()
-                self._members[u.reading[0].name]["unit_average"].lerp_(worth, 1.0 - self.decay)
+                self._keeper(u)["unit_average"].lerp_(worth, 1.0 - self.decay)
 
     def update(self, members: Sequence[Member]) -> None:
         self._check_time()
@@ -141,7 +146,8 @@ class UnitPruner(TimedConstraint):
         for i, (u, final) in enumerate(zip(self.units, self._final, strict=True)):
             gone = round(due * final)
             if gone > int((~self._alive[i]).sum()):
-                scores = self._members[u.reading[0].name]["unit_average"].float().cpu()
+                keeper = self._keeper(u)
+                scores = keeper["unit_average"].float().cpu()
                 if not scores.isfinite().all():
                     raise ValueError(
                         f"the gradients of {u.name} were not finite, so its {u.kind} cannot be ranked: "
@@ -151,7 +157,12 @@ class UnitPruner(TimedConstraint):
                 self._alive[i] = torch.zeros(u.count, dtype=torch.bool).index_fill_(
                     0, torch.tensor(kept), True
                 )
+                keeper["unit_mask"].copy_(self._alive[i])
 
     def project_(self, members: Sequence[Member]) -> None:
         for u, living in zip(self.units, self._alive, strict=True):
             zero_(u, (~living).nonzero().flatten())
+
+    def _keeper(self, units: Units) -> Member:
+        """The parameter in whose state the numbers of `units` are."""
+        return self._members[units.reading[0].name]
