@@ -7,9 +7,14 @@ import sys
 
 def main() -> None:
     """Entry point of the installed command."""
-    from hf_compress.cli import compress, quickstart
+    from hf_compress.cli import compress, oneshot, quickstart, structure
 
-    commands = {"compress": compress.main, "quickstart": quickstart.main}
+    commands = {
+        "compress": compress.main,
+        "oneshot": oneshot.main,
+        "structure": structure.main,
+        "quickstart": quickstart.main,
+    }
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:
         raise SystemExit(

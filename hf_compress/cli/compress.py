@@ -21,11 +21,11 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer_callback import TrainerCallback
 
-from hf_compress.callbacks.pruning import PruningCallback
-from hf_compress.cli.arguments import CompressArguments, parse
+from hf_compress.cli.arguments import CompressArguments
 from hf_compress.cli.data import label_names, load_splits, tokenized
+from hf_compress.cli.methods import pruning_callback
+from hf_compress.cli.recipe import parse
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.layers import student_from_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
@@ -33,7 +33,7 @@ from hf_compress.metrics import functions
 
 
 def main(argv: list[str]) -> None:
-    arguments, training = parse(argv)
+    arguments, training = parse(argv, CompressArguments, DistillationArguments)
     check_ranks()
     check_folder(training.output_dir)
     if training.resume_from_checkpoint is not None:
@@ -49,12 +49,12 @@ def main(argv: list[str]) -> None:
 
 def build(arguments: CompressArguments, training: DistillationArguments) -> Trainer:
     """The trainer that these arguments describe, with everything checked that can be checked now."""
-    if arguments.sparsity is None and arguments.teacher is None:
-        raise ValueError("nothing to do: pass `sparsity`, `teacher`, or both.")
+    callback = pruning_callback(arguments, training)
+    if callback is None and arguments.teacher is None:
+        raise ValueError("nothing to do: pass `sparsity`, `method`, `teacher`, or several of them.")
+    if arguments.teacher is None and arguments.teacher_bits is not None:
+        raise ValueError("`teacher_bits` is there, but no `teacher`: pass both or neither.")
     set_seed(training.seed)
-    callbacks: list[TrainerCallback] = []
-    if arguments.sparsity is not None:
-        callbacks.append(_pruning(arguments))
     with training.main_process_first():
         train, test = load_splits(arguments)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -68,7 +68,7 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> Trai
         "train_dataset": train,
         "eval_dataset": test,
         "processing_class": tokenizer,
-        "callbacks": callbacks,
+        "callbacks": [] if callback is None else [callback],
     }
     if names is None:
         if tokenizer.pad_token is None:
@@ -79,9 +79,8 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> Trai
         settings["compute_metrics"] = compute_accuracy
     if arguments.teacher is None:
         trainer = Trainer(**settings)
-        for callback in callbacks:
-            if isinstance(callback, PruningCallback):
-                callback.attach(trainer)
+        if callback is not None:
+            callback.attach(trainer)
         return trainer
     return DistillationTrainer(
         **settings, teacher=arguments.teacher, teacher_bits=arguments.teacher_bits
@@ -133,21 +132,6 @@ def check_checkpoint(folder: str) -> None:
             raise ValueError(
                 f"{file} is damaged ({error}): resume from an earlier checkpoint, or begin anew."
             ) from None
-
-
-def _pruning(arguments: CompressArguments) -> PruningCallback:
-    assert arguments.sparsity is not None
-    return PruningCallback(
-        arguments.sparsity,
-        score=arguments.score,
-        scope=arguments.scope,  # type: ignore[arg-type]
-        schedule=arguments.schedule,
-        start=arguments.start,
-        end=arguments.end,
-        interval=arguments.interval,
-        targets=arguments.targets,
-        ignore=arguments.ignore,
-    )
 
 
 def load_model(arguments: CompressArguments, names: list[str] | None) -> Any:

@@ -1,0 +1,67 @@
+"""Arguments from a recipe and from flags, for every command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse(argv: list[str], *kinds: type) -> tuple[Any, ...]:
+    """One filled instance of each dataclass in `kinds`, from `--config recipe.yaml` and flags; a flag
+    wins over the recipe.
+
+    Raises ValueError for a recipe that is not there, is broken yaml, or has unknown keys; wrong types
+    and missing flags end the program with the usual message of argparse.
+    """
+    flags = list(argv)
+    recipe: list[str] = []
+    if "--config" in flags:
+        place = flags.index("--config")
+        if place + 1 == len(flags):
+            raise ValueError("--config wants the path of a recipe.")
+        recipe = _read_recipe(Path(flags[place + 1]), {f.name for kind in kinds for f in fields(kind)})
+        del flags[place : place + 2]
+    parser = HfArgumentParser(kinds)  # type: ignore[arg-type]
+    return parser.parse_args_into_dataclasses([*recipe, *flags])
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 2:4 as it stands, rather than as a number of base 60."""
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def _read_recipe(path: Path, known: Iterable[str]) -> list[str]:
+    """The recipe as flags, so that its values are checked as those of the command line are."""
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}.")
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid yaml: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, not {type(recipe).__name__}.")
+    if unknown := sorted(str(key) for key in set(recipe) - set(known)):
+        raise ValueError(f"{path} has unknown keys {unknown}. `--help` lists the known ones.")
+    flags = []
+    for key, value in recipe.items():
+        if value is not None:
+            flags += [f"--{key}", *_as_words(value)]
+    return flags
+
+
+def _as_words(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]

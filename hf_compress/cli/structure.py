@@ -1,0 +1,71 @@
+"""Remove parts of a trained model for good: `hf-compress structure`, `scripts/structure.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_compress.cli.arguments import CalibrationArguments
+from hf_compress.cli.calibrated import Reads, check, finish, loaded
+from hf_compress.cli.recipe import parse
+from hf_compress.pruning.structure.choice import check_fraction
+from hf_compress.pruning.structure.removal import prune_structure
+from hf_compress.pruning.structure.scores import UnitScore
+from hf_compress.publishing.audit import audit
+
+READS: dict[UnitScore, Reads] = {
+    "taylor": "labels",
+    "activation": "texts",
+    "magnitude": "nothing",
+    "random": "nothing",
+}
+
+
+@dataclass(kw_only=True)
+class StructureArguments(CalibrationArguments):
+    """See `hf_compress.prune_structure`."""
+
+    ffn: float = field(default=0.0, metadata={"help": "Fraction of feed-forward neurons that goes."})
+    heads: float = field(default=0.0, metadata={"help": "Fraction of the attention heads that goes."})
+    experts: float = field(default=0.0, metadata={"help": "Fraction of the experts that goes."})
+    layers: int | None = field(default=None, metadata={"help": "How many layers stay; by default all."})
+    score: UnitScore = field(
+        default="taylor", metadata={"help": "What decides; magnitude and random read no data."}
+    )
+    round_to: int = field(
+        default=1, metadata={"help": "As many neurons stay as a multiple of it; 8 or 64 suit kernels."}
+    )
+    seed: int = 0
+
+
+def main(argv: list[str]) -> None:
+    (arguments,) = parse(argv, StructureArguments)
+    for name in ("ffn", "heads", "experts"):
+        check_fraction(name, vars(arguments)[name])
+    if arguments.layers is None and not (arguments.ffn or arguments.heads or arguments.experts):
+        raise ValueError("nothing to remove: pass `ffn`, `heads`, `experts` or `layers`.")
+    reads = READS[arguments.score]
+    check(arguments, reads)
+    with loaded(arguments, reads) as (model, tokenizer, batches):
+        smaller = prune_structure(
+            model,
+            ffn=arguments.ffn,
+            heads=arguments.heads,
+            experts=arguments.experts,
+            layers=arguments.layers,
+            score=arguments.score,
+            calibration=batches,
+            round_to=arguments.round_to,
+            seed=arguments.seed,
+        )
+        before, expected = model.num_parameters(), smaller.num_parameters()
+        smaller.save_pretrained(arguments.output_dir)
+        tokenizer.save_pretrained(arguments.output_dir)
+    found = audit(arguments.output_dir)
+    if found.parameters != expected:
+        raise ValueError(f"the files hold {found.parameters:,} parameters, not {expected:,}.")
+    details = {
+        "calibration_rows": sum(len(batch["input_ids"]) for batch in batches or []),
+        "parameters_before": before,
+    }
+    share = f"{found.parameters:,} of {before:,} ({found.parameters / before:.2%})"
+    finish("structure", arguments, found, details=details, table={"parameters": share})

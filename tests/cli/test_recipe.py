@@ -1,0 +1,64 @@
+"""Recipes and flags become arguments, or are refused."""
+
+import pytest
+
+from hf_compress.cli.arguments import CompressArguments
+from hf_compress.cli.recipe import parse
+from hf_compress.distillation.arguments import DistillationArguments
+
+KINDS = (CompressArguments, DistillationArguments)
+NAMES = "model: m\ndataset: d\noutput_dir: o\n"
+
+
+def test_flags_win_over_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(NAMES + "sparsity: 0.5\ntargets: [query, key]\n")
+    compress, training = parse(["--config", str(recipe), "--sparsity", "0.25"], *KINDS)
+    assert (compress.sparsity, compress.targets, compress.model) == (0.25, ["query", "key"], "m")
+    assert training.output_dir == "o"
+
+
+def test_a_pattern_is_no_number_of_base_60(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(NAMES + "pattern: 2:4\ninterval: 1_0\n")
+    compress, _ = parse(["--config", str(recipe)], *KINDS)
+    assert (compress.pattern, compress.interval) == ("2:4", 10)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("sparsty: 0.5", "unknown keys.*sparsty"),
+        ("rows: 64", "unknown keys.*rows"),
+        ("sparsity: [0.5", "not valid yaml"),
+        ("- sparsity", "name: value"),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path, recipe, message):
+    (tmp_path / "r.yaml").write_text(recipe)
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", str(tmp_path / "r.yaml")], *KINDS)
+
+
+@pytest.mark.parametrize("words", [["--config"], ["--config", "none.yaml"]])
+def test_a_missing_recipe(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="wants the path of a recipe|no recipe at none.yaml"):
+        parse(words, *KINDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sparsity: a lot", "--sparsity: invalid float value"),
+        ("sparsity: true", "--sparsity: invalid float value: 'True'"),
+        ("interval: 2.5", "--interval: invalid int value"),
+        ("fraction: {first: 0.3}", "--fraction: invalid float value"),
+        ("method: slow", "--method: invalid choice: 'slow'"),
+    ],
+)
+def test_wrong_types(tmp_path, capsys, line, message):
+    (tmp_path / "r.yaml").write_text(NAMES + line)
+    with pytest.raises(SystemExit):
+        parse(["--config", str(tmp_path / "r.yaml")], *KINDS)
+    assert message in capsys.readouterr().err
