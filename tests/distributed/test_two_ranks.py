@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
@@ -28,6 +30,11 @@ def test_pruning_on_shards_equals_one_process_bit_for_bit():
     launch("shards.py")
 
 
-def test_data_parallel_ranks_have_the_same_zeros(tmp_path):
-    out = launch("replicas.py", str(tmp_path))
-    assert out.count("same zeros") == 1
+@pytest.mark.parametrize("method", ["weights", "units"])
+def test_data_parallel_ranks_write_the_same_file(tmp_path, method):
+    launch("replicas.py", str(tmp_path), method)
+    first, second, saved = (
+        (tmp_path / name).read_bytes()
+        for name in ("0.safetensors", "1.safetensors", "checkpoint-12/model.safetensors")
+    )
+    assert first == second == saved
