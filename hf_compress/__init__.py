@@ -10,12 +10,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_compress.callbacks.family import FamilyCallback
     from hf_compress.callbacks.pruning import PruningCallback
+    from hf_compress.callbacks.rigl import RigLCallback
+    from hf_compress.callbacks.structured import StructuredPruningCallback
     from hf_compress.constraint import constrain
     from hf_compress.distillation.arguments import DistillationArguments
+    from hf_compress.distillation.layers import student_from_teacher
     from hf_compress.distillation.trainer import DistillationMixin, DistillationTrainer
+    from hf_compress.pruning.lora import merge_under_mask_
+    from hf_compress.pruning.oneshot.prune import prune_oneshot_
+    from hf_compress.pruning.sensitivity import scan_sensitivity
+    from hf_compress.pruning.structure.removal import prune_structure, shrink
+    from hf_compress.pruning.vocabulary.prune import prune_vocabulary
+    from hf_compress.publishing.packed import load_packed, save_packed
     from hf_compress.publishing.publish import publish
     from hf_compress.quantization.bnb import quantized
+    from hf_compress.schedules import Drop
+    from hf_compress.targets import find_targets
 
 __version__ = "0.1.0"
 
@@ -23,20 +35,48 @@ _HOMES = {
     "DistillationArguments": "hf_compress.distillation.arguments",
     "DistillationMixin": "hf_compress.distillation.trainer",
     "DistillationTrainer": "hf_compress.distillation.trainer",
+    "Drop": "hf_compress.schedules",
+    "FamilyCallback": "hf_compress.callbacks.family",
     "PruningCallback": "hf_compress.callbacks.pruning",
+    "RigLCallback": "hf_compress.callbacks.rigl",
+    "StructuredPruningCallback": "hf_compress.callbacks.structured",
     "constrain": "hf_compress.constraint",
+    "find_targets": "hf_compress.targets",
+    "load_packed": "hf_compress.publishing.packed",
+    "merge_under_mask_": "hf_compress.pruning.lora",
+    "prune_oneshot_": "hf_compress.pruning.oneshot.prune",
+    "prune_structure": "hf_compress.pruning.structure.removal",
+    "prune_vocabulary": "hf_compress.pruning.vocabulary.prune",
     "publish": "hf_compress.publishing.publish",
     "quantized": "hf_compress.quantization.bnb",
+    "save_packed": "hf_compress.publishing.packed",
+    "scan_sensitivity": "hf_compress.pruning.sensitivity",
+    "shrink": "hf_compress.pruning.structure.removal",
+    "student_from_teacher": "hf_compress.distillation.layers",
 }
 
 __all__ = [
     "DistillationArguments",
     "DistillationMixin",
     "DistillationTrainer",
+    "Drop",
+    "FamilyCallback",
     "PruningCallback",
+    "RigLCallback",
+    "StructuredPruningCallback",
     "constrain",
+    "find_targets",
+    "load_packed",
+    "merge_under_mask_",
+    "prune_oneshot_",
+    "prune_structure",
+    "prune_vocabulary",
     "publish",
     "quantized",
+    "save_packed",
+    "scan_sensitivity",
+    "shrink",
+    "student_from_teacher",
 ]
 
 
