@@ -1,0 +1,145 @@
+"""Every score and pattern on 20 Newsgroups, MiniLM distilled from its dense self while it is pruned,
+against torch.nn.utils.prune: one-shot global magnitude, then the same training.
+
+    python benchmarks/scores_20newsgroups.py --methods obd one-shot 2:4 --sparsity 0.9 0.95
+
+Each run is kept in the cache as soon as it is done, so that a sweep which was stopped goes on where it
+was. Prints JSON; `zeros` are those counted in the targeted weights of the trained model.
+"""
+
+import argparse
+import json
+import tempfile
+
+import minilm
+from torch.nn.utils import prune
+from tqdm import tqdm
+from transformers import DataCollatorWithPadding, set_seed
+
+from hf_compress import DistillationArguments, DistillationTrainer, PruningCallback
+from hf_compress.callbacks.rigl import RigLCallback
+from hf_compress.targets import find_targets
+
+CORPUS = "20newsgroups"
+SCORES = ("obd", "taylor", "magnitude", "movement", "soft_movement", "wanda", "random")
+PATTERNS = ("4x1", "1x4", "2:4")
+METHODS = (*SCORES, *PATTERNS, "rigl", "one-shot")
+
+
+def callback(method, sparsity):
+    if method == "rigl":
+        return RigLCallback(sparsity, interval=10)
+    if method == "2:4":
+        return PruningCallback(pattern=method)
+    if method in PATTERNS:
+        return PruningCallback(sparsity, pattern=method)
+    return PruningCallback(sparsity, score=method, scope="row" if method == "wanda" else "global")
+
+
+def modules_and_names(model):
+    """As torch.nn.utils.prune takes the weights that the callback prunes."""
+    return [(model.get_submodule(t.owner), "weight") for t in find_targets(model).targets.values()]
+
+
+def zeros(model):
+    weights = find_targets(model).parameters.values()
+    return sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)
+
+
+def run(method, sparsity, seed, folder, data, options):
+    """Test accuracy and zeros after one training."""
+    tokenizer, train, test, names = data
+    set_seed(seed)
+    student = minilm.classifier(folder, names)
+    pruned = modules_and_names(student) if method == "one-shot" else []
+    if pruned:
+        prune.global_unstructured(pruned, prune.L1Unstructured, amount=sparsity)
+    with tempfile.TemporaryDirectory() as output:
+        trainer = DistillationTrainer(
+            student,
+            DistillationArguments(
+                output,
+                num_train_epochs=options.epochs,
+                learning_rate=options.learning_rate,
+                per_device_train_batch_size=32,
+                per_device_eval_batch_size=64,
+                warmup_steps=0.1,
+                save_strategy="no",
+                logging_steps=20,
+                report_to="none",
+                seed=seed,
+            ),
+            teacher=str(folder),
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=minilm.accuracy,
+            callbacks=[] if pruned else [callback(method, sparsity)],
+        )
+        trainer.train()
+        for module, name in pruned:
+            prune.remove(module, name)
+        return {"accuracy": trainer.evaluate()["eval_accuracy"], "zeros": zeros(student)}
+
+
+def cached(file, make):
+    """What `make` returned the first time, kept as JSON in `file`."""
+    if not file.exists():
+        found = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.97])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", type=int, help="of each split, at random; all by default")
+    parser.add_argument("--length", type=int, default=64, help="tokens for each row")
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--dense_epochs", type=int, default=3)
+    options = parser.parse_args()
+    data = minilm.load(CORPUS, options.length, options.rows)
+    tokenizer, train, test, names = data
+    folder = minilm.dense(
+        CORPUS,
+        *data,
+        length=options.length,
+        epochs=options.dense_epochs,
+        learning_rate=options.learning_rate,
+    )
+    runs = folder.with_name(f"{folder.name}-pruned-{options.epochs:g}-epochs-{options.learning_rate}")
+
+    def evaluate_dense():
+        with tempfile.TemporaryDirectory() as output:
+            model = minilm.classifier(folder, names)
+            return minilm.trainer(model, output, tokenizer, train, test).evaluate()["eval_accuracy"]
+
+    asked = [
+        (method, 0.5 if method == "2:4" else sparsity, seed)
+        for seed in options.seeds
+        for sparsity in options.sparsity
+        for method in options.methods
+    ]
+    result = {**vars(options), "rows": len(train), "test_rows": len(test)}
+    result["dense"] = cached(runs / "dense.json", evaluate_dense)
+    result["pruned"] = []
+    for method, sparsity, seed in tqdm(list(dict.fromkeys(asked)), desc="trainings", unit="run"):
+        found = cached(
+            runs / f"{method.replace(':', '-of-')}-{sparsity}-{seed}.json",
+            lambda method=method, sparsity=sparsity, seed=seed: run(
+                method, sparsity, seed, folder, data, options
+            ),
+        )
+        result["pruned"].append({"method": method, "sparsity": sparsity, "seed": seed, **found})
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
