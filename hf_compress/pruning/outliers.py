@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_compress.pruning.calibration import Batch, check_calibration, evaluating, padding_mask
+from hf_compress.pruning.calibration import Batch, check_calibration, evaluating
+from hf_compress.pruning.oneshot.layer_inputs import LayerInputs, Seen, eager_experts
+from hf_compress.pruning.oneshot.lockstep import Call
+from hf_compress.pruning.oneshot.requirements import check_experts, check_targets
 from hf_compress.pruning.oneshot.wanda import add_squares
 from hf_compress.targets import Target, find_targets
 
@@ -46,7 +48,8 @@ def outlier_ratios(
     """For each target the `outlier_ratio` of its block, as `hf_compress.pruning.allocate.owl` takes it.
 
     The metric of a weight is |w| times the L2 norm of its input over the calibration, as Wanda has it.
-    A block is a numbered layer of the model with all its targets; what is in none stands alone.
+    A block is a numbered layer of the model with all its targets; what is in none stands alone. The
+    input of an expert is what is routed to it.
 
     calibration: batches, mappings of tensors as the model's forward takes them, on its device.
         Positions that an `attention_mask` names as padding do not count in inputs of its shape.
@@ -54,62 +57,43 @@ def outlier_ratios(
     targets, ignore: see `hf_compress.targets.find_targets`.
 
     Raises ValueError for a threshold below 1, an empty calibration, targets that match nothing, are no
-    Linear or Conv1D or are not reached, and activations that are not finite; TypeError for batches that
-    are no mappings of tensors.
+    Linear, Conv1D or experts or are not reached, padding where there are experts, and weights or
+    activations that are not finite; TypeError for batches that are no mappings of tensors.
     """
     if not 1.0 <= threshold < math.inf:
         raise ValueError(f"`threshold` is {threshold!r}: it is a multiple of the mean, such as 5.")
-    chosen = find_targets(model, targets, ignore).targets
-    squares = _squared_inputs(model, chosen, check_calibration(calibration))
-    blocks: dict[str, list[str]] = {}
-    for name in chosen:
-        block = _BLOCK.match(name)
-        blocks.setdefault(block[0] if block else name, []).append(name)
-    ratios: dict[str, float] = {}
-    for names in blocks.values():
-        metrics = [_metric(chosen[name], squares[name]) for name in names]
-        ratios |= dict.fromkeys(names, outlier_ratio(metrics, threshold))
-    return {name: ratios[name] for name in chosen}
-
-
-def _squared_inputs(
-    model: nn.Module, targets: Mapping[str, Target], batches: Sequence[Batch]
-) -> dict[str, Tensor]:
-    """For each target the sum over all positions of the squares of its inputs, (in,)."""
-    sums: dict[str, Tensor] = {}
-    mask: Tensor | None = None
-
-    def add(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = args[0]
-        if mask is not None and inputs.shape[:-1] == mask.shape:
-            inputs = inputs[mask.to(inputs.device)]
-        sums[name] = add_squares(sums.get(name), inputs.float().flatten(end_dim=-2))
-
-    layers = {name: model.get_submodule(target.owner) for name, target in targets.items()}
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear | Conv1D):
-            raise ValueError(
-                f"the inputs of {name} cannot be seen from outside {type(layer).__name__}: leave it "
-                f"out, ignore=[{name!r}]."
-            )
-    hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            for batch in logging.tqdm(batches, desc="Measuring", unit="batch"):
-                mask = padding_mask(batch, "attention_mask")
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if unseen := [name for name in targets if name not in sums]:
+    selection = find_targets(model, targets, ignore)
+    check_targets(model, selection, None)
+    batches = check_calibration(calibration)
+    check_experts(batches, selection)
+    chosen = list(selection.targets.values())
+    calls = [Call((), dict(batch)) for batch in batches]
+    with evaluating(model), eager_experts(model, chosen):
+        bar = logging.tqdm(calls, desc="Measuring", unit="batch")
+        seen = LayerInputs(batches, add_squares).of(model, "", bar, chosen)
+    if unseen := [name for name, inputs in seen.items() if not any(s.positions for s in inputs)]:
         raise ValueError(
             f"the calibration does not reach {len(unseen)} targets, {unseen[:3]} among them: give "
             "batches that do, or leave them out by `ignore`."
         )
-    return sums
+    blocks: dict[str, list[Target]] = {}
+    for target in chosen:
+        block = _BLOCK.match(target.name)
+        blocks.setdefault(block[0] if block else target.name, []).append(target)
+    ratios: dict[str, float] = {}
+    for members in blocks.values():
+        ratio = outlier_ratio([_metric(model, t, seen[t.name]) for t in members], threshold)
+        ratios |= {target.name: ratio for target in members}
+    return {target.name: ratios[target.name] for target in chosen}
 
 
-def _metric(target: Target, squares: Tensor) -> Tensor:
+def _metric(model: nn.Module, target: Target, seen: Sequence[Seen]) -> Tensor:
     """|w| times the norm of its input, in the shape of the weight."""
-    norms = squares.sqrt()
-    return target.param.detach().abs() * (norms[:, None] if target.input_dim == 0 else norms)
+    with align_module_device(model.get_submodule(target.owner)):  # loads what is offloaded
+        weight = model.get_parameter(target.name).detach().abs()
+    width = weight.shape[target.input_dim]
+    nothing = torch.zeros(width, device=weight.device)  # for experts that no position reaches
+    norms = torch.stack([nothing if s.total is None else s.total.sqrt() for s in seen])  # (experts, in)
+    if target.stacked:
+        norms = norms[:, None]
+    return weight * (norms.T if target.input_dim == 0 else norms)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import language_rows, tiny_gpt2, tiny_llama, tiny_mixtral
 
 from hf_compress.pruning.allocate import owl
@@ -56,6 +57,45 @@ def test_equal_to_the_norms_that_a_plain_forward_sees(make):
         assert 0 < ratio < 1
 
 
+@pytest.mark.parametrize("positions", [16, 1])  # one position leaves experts without any
+def test_experts_count_what_is_routed_to_them(positions):
+    model = tiny_mixtral(layers=1, experts=4).eval()
+    experts, ids = model.model.layers[0].mlp.experts, torch.arange(5, 5 + positions)[None]
+    metrics = []
+
+    def see(module, args):
+        inputs, chosen, _ = args  # (positions, in), (positions, top k)
+        for expert in range(4):
+            rows = inputs[(chosen == expert).any(1)]
+            gate, up = (rows @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
+            norms = rows.norm(dim=0), (torch.nn.functional.silu(gate) * up).norm(dim=0)
+            weights = experts.gate_up_proj[expert], experts.down_proj[expert]
+            metrics.extend((w.abs() * n).flatten() for w, n in zip(weights, norms, strict=True))
+
+    hook = experts.register_forward_pre_hook(see)
+    with torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    metric = torch.cat(metrics)
+    expected = (metric > 2 * metric.mean()).float().mean().item()
+    found = outlier_ratios(model, [{"input_ids": ids}], threshold=2.0, targets="experts")
+    names = ("gate_up_proj", "down_proj")
+    prefix = "model.layers.0.mlp.experts."
+    assert found == {prefix + name: pytest.approx(expected, abs=1e-4) for name in names}
+    assert 0 < expected < 1
+    unreached = sum(not part.any() for part in metrics)
+    assert unreached == (4 if positions == 1 else 0)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
+def test_offloaded_weights_give_the_same(make):
+    ids = torch.arange(5, 37).view(2, 16)
+    expected = outlier_ratios(make(), [{"input_ids": ids}])
+    model = cpu_offload(make(), torch.device("cpu"))
+    assert outlier_ratios(model, [{"input_ids": ids}]) == expected
+    assert all(weight.is_meta for weight in find_targets(model).parameters.values())
+
+
 def test_a_block_with_outliers_stays_denser():
     model = tiny_llama(layers=3)
     with torch.no_grad():
@@ -86,7 +126,8 @@ def test_nothing_is_changed():
         ({"calibration": []}, ValueError, "`calibration` is empty"),
         ({"calibration": ["text"]}, TypeError, "no mapping of tensors"),
         ({"targets": "nothing"}, ValueError, "matches no weight"),
-        ({"model": tiny_mixtral()}, ValueError, "experts.gate_up_proj cannot be seen"),
+        ({"targets": "model.embed_tokens"}, ValueError, "belongs to a Embedding.*Leave it out"),
+        ({"model": tiny_mixtral()}, ValueError, "padding.*experts.gate_up_proj.*give full rows"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, error, message):
