@@ -108,6 +108,6 @@ class CalibrationArguments(DataArguments):
         default="auto",
         metadata={
             "help": "Where the weights are: auto (GPU, then main memory, then disk), cpu, cuda:0, "
-            "or disk: each is loaded when it is its turn."
+            "or disk: each is loaded when it is its turn (a tied head is then saved as a copy)."
         },
     )

@@ -134,7 +134,8 @@ def _full_rows(arguments: CalibrationArguments, tokenizer: PreTrainedTokenizerBa
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for row in load_shuffled(arguments, labelled=False):
-        ids += [*tokenizer(row[arguments.text_column]).input_ids, *end]
+        # Quiet, since it would warn of texts that are longer than a row.
+        ids += [*tokenizer(row[arguments.text_column], verbose=False).input_ids, *end]
         if len(ids) >= arguments.rows * length:
             break
     if len(ids) < length:

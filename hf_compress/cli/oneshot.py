@@ -95,7 +95,7 @@ def _table(found: Audit, report: OneShotReport) -> dict[str, str]:
     errors = [weight.error for weight in report.weights.values()]
     reasons = Counter(report.skipped.values())
     return {
-        "parameters": f"{found.parameters:,}, {found.sparsity:.2%} of them zero, but stored",
+        "parameters": f"{found.parameters:,}, {found.sparsity:.2%} of them zero, stored all the same",
         "pruned": f"{len(report.weights)} weights, {found.target_sparsity:.4%} of them zero",
         "left dense": "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()),
         "energy lost": f"{sum(errors) / len(errors):.3%} of the outputs' on average over the weights, "
