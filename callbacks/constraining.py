@@ -35,7 +35,10 @@ class ConstrainingCallback(CompressionCallback):
         # Trainer begins again after `auto_find_batch_size` and at a second `train()`.
         self._detach()
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise ValueError("FSDP1 flattens the parameters: use FSDP2 (`fsdp_version: 2`).")
+            raise ValueError(
+                "the model is wrapped in FSDP1, which flattens the parameters: use FSDP2 "
+                "(`fsdp_version: 2`), or DDP."
+            )
         try:
             self._attach(state, model, optimizer)
         except Exception:

@@ -62,7 +62,10 @@ class StructuredPruningCallback(ConstrainingCallback):
         for kind, fraction in fractions.items():
             check_fraction(kind, fraction)
         if ffn == heads == 0.0:
-            raise ValueError("nothing to prune: pass `ffn`, `heads`, or both.")
+            raise ValueError(
+                "`ffn` and `heads` are 0, so there is nothing to prune: pass a fraction in (0, 1) for "
+                "one or both, such as ffn=0.5."
+            )
         Schedule(final=1.0, shape=schedule, start=start, end=end)  # wrong times are told here
         self.fractions = {kind: fraction for kind, fraction in fractions.items() if fraction > 0.0}
         self.schedule = schedule

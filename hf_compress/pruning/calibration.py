@@ -14,7 +14,7 @@ def check_calibration(calibration: Iterable[Batch]) -> list[Batch]:
     """The batches as a list.
 
     Raises TypeError for what is no iterable of mappings of tensors, ValueError where it is empty or
-    holds NaN.
+    holds NaN, batches without rows, or batches of nothing but padding.
     """
     if isinstance(calibration, (str, Mapping)) or not isinstance(calibration, Iterable):
         raise TypeError(
@@ -23,17 +23,48 @@ def check_calibration(calibration: Iterable[Batch]) -> list[Batch]:
         )
     batches = list(calibration)
     if not batches:
-        raise ValueError("`calibration` is empty: some 32 rows are enough.")
+        raise ValueError(
+            "`calibration` is empty: pass batches of what the model is meant for, some 32 rows. A "
+            "generator gives its batches only once."
+        )
     for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping) or not all(isinstance(v, Tensor) for v in batch.values()):
-            raise TypeError(
-                f"calibration batch {index} is no mapping of tensors: collate the rows, for example "
-                "with a DataLoader and a data collator."
-            )
-        for key, value in batch.items():
-            if value.isnan().any():
-                raise ValueError(f"`{key}` of calibration batch {index} holds NaN.")
+        _check_batch(index, batch)
     return batches
+
+
+def _check_batch(index: int, batch: Batch) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"calibration batch {index} is a {type(batch).__name__}, no mapping of tensors: collate "
+            "the rows, for example with a DataLoader and a data collator."
+        )
+    if not batch:
+        raise ValueError(
+            f"calibration batch {index} is empty: give tensors by the names of the model's inputs, "
+            "such as `input_ids`."
+        )
+    for key, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"`{key}` of calibration batch {index} is a {type(value).__name__}, so the batch is no "
+                "mapping of tensors: collate the rows, for example with a DataLoader and a data "
+                "collator."
+            )
+        if value.numel() == 0:
+            raise ValueError(
+                f"`{key}` of calibration batch {index} has shape {tuple(value.shape)}: leave out rows "
+                "without anything in them, and batches without rows."
+            )
+        if value.isnan().any():
+            raise ValueError(
+                f"`{key}` of calibration batch {index} holds NaN: leave its row out, or mend what "
+                "prepares it."
+            )
+        if key.endswith("attention_mask") and value.dim() == 2 and not value.any():
+            raise ValueError(
+                f"calibration batch {index} is nothing but padding, says its `{key}`: it is 1 where a "
+                "token counts. Leave such batches out."
+            )
 
 
 def padding_mask(batch: Batch, key: str) -> Tensor | None:

@@ -31,7 +31,8 @@ def outlier_ratio(metrics: Sequence[Tensor], threshold: float = 5.0) -> float:
     mean = sum(metric.double().sum().item() for metric in metrics) / size
     if not math.isfinite(mean):
         raise ValueError(
-            f"the mean is {mean}. If the model is in float16, load it in bfloat16 or float32."
+            f"the mean of |w| times the norm of its input is {mean}, no finite number. If the model is in "
+            "float16, load it in bfloat16 or float32."
         )
     return sum(int((metric > threshold * mean).sum()) for metric in metrics) / size
 
@@ -60,8 +61,10 @@ def outlier_ratios(
     Linear, Conv1D or experts or are not reached, padding where there are experts, and weights or
     activations that are not finite; TypeError for batches that are no mappings of tensors.
     """
-    if not 1.0 <= threshold < math.inf:
-        raise ValueError(f"`threshold` is {threshold!r}: it is a multiple of the mean, such as 5.")
+    if not isinstance(threshold, int | float) or not 1.0 <= threshold < math.inf:
+        raise ValueError(
+            f"`threshold` is {threshold!r}: it is a multiple of the mean, 1 or more, such as 5."
+        )
     selection = find_targets(model, targets, ignore)
     check_targets(model, selection, None)
     batches = check_calibration(calibration)

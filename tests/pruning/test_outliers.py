@@ -123,6 +123,8 @@ def test_nothing_is_changed():
     [
         ({"threshold": 0.5}, ValueError, "`threshold` is 0.5"),
         ({"threshold": float("nan")}, ValueError, "`threshold` is nan"),
+        ({"threshold": "5"}, ValueError, "`threshold` is '5'.*such as 5"),
+        ({"calibration": batches()[0]}, TypeError, "`calibration` is a dict: pass several batches"),
         ({"calibration": []}, ValueError, "`calibration` is empty"),
         ({"calibration": ["text"]}, TypeError, "no mapping of tensors"),
         ({"targets": "nothing"}, ValueError, "matches no weight"),
@@ -134,3 +136,19 @@ def test_wrong_arguments_are_refused(arguments, error, message):
     arguments = {"model": tiny_llama(), "calibration": batches()} | arguments
     with pytest.raises(error, match=message):
         outlier_ratios(**arguments)
+
+
+def test_activations_that_overflow_are_told():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e30)
+    with pytest.raises(ValueError, match="no finite number.*bfloat16 or float32"):
+        outlier_ratios(model, batches())
+
+
+def test_targets_that_are_not_reached_are_told():
+    model = tiny_llama()
+    skipped, *_ = model.model.layers
+    skipped.forward = lambda hidden_states, **kwargs: hidden_states
+    with pytest.raises(ValueError, match=r"does not reach 7 targets.*layers\.0.*`ignore`"):
+        outlier_ratios(model, batches())

@@ -38,8 +38,8 @@ class UnitPruner(TimedConstraint):
     In a loop of your own, tell it the time before each step: `pruner.at(step, max_steps)`, with the
     number of optimizer steps taken when this one is done. Then `shrink(model)`.
 
-    Raises ValueError for a fraction that units cannot lose and, when attached, for sharded parameters
-    and for the optimizer of a checkpoint without its weights.
+    Raises ValueError for settings out of range, a fraction that units cannot lose and frozen ones; when
+    attached, for sharded parameters and for the optimizer of a checkpoint without its weights.
     """
 
     order = 0
@@ -59,12 +59,17 @@ class UnitPruner(TimedConstraint):
         for u in units:
             if u.kind not in ("ffn", "heads"):
                 raise ValueError(
-                    f"{u.kind} cannot be zeroed along a schedule: remove them before the training, "
-                    "with prune_structure."
+                    f"{u.kind} cannot be zeroed along a schedule, only ffn and heads: remove {u.kind} "
+                    "before the training, with prune_structure."
                 )
             check_fraction(u.kind, sparsity)
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"`decay` is {decay!r}; it lies in [0, 1).")
+            if frozen := [piece.name for piece in u.slices if not piece.param.requires_grad]:
+                raise ValueError(
+                    f"{frozen[0]} is frozen, but a unit is trained as a whole: let it train "
+                    "(`requires_grad_(True)`), or call prune_structure before the training."
+                )
+        if not isinstance(decay, int | float) or not 0.0 <= decay < 1.0:
+            raise ValueError(f"`decay` is {decay!r}: it lies in [0, 1), such as 0.9.")
         self.units = list(units)
         self.schedule = Schedule(final=1.0, shape=schedule, start=start, end=end)
         self.decay = decay
