@@ -31,8 +31,8 @@ def outlier_ratio(metrics: Sequence[Tensor], threshold: float = 5.0) -> float:
     mean = sum(metric.double().sum().item() for metric in metrics) / size
     if not math.isfinite(mean):
         raise ValueError(
-            f"the mean of |w| times the norm of its input is {mean}, no finite number. If the model is in "
-            "float16, load it in bfloat16 or float32."
+            f"the mean of |w| times the norm of its input is {mean}, no finite number. If the model is "
+            "in float16, load it in bfloat16 or float32."
         )
     return sum(int((metric > threshold * mean).sum()) for metric in metrics) / size
 
