@@ -11,6 +11,9 @@ from torch import Tensor
 from hf_compress.pruning.patterns import keep_n_of_m
 from hf_compress.pruning.select import keep_highest
 
+COLUMNS = 256
+"""Of a symmetric or triangular matrix, how many columns are worked on at once."""
+
 
 def sparsegpt(
     weight: Tensor,
@@ -64,28 +67,49 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
     U[j, j:] is, but for its scale, the row of the inverse of H over the columns from j on, and
     U[j, j]^2 its first entry: all that pruning from left to right needs.
 
-    Raises ValueError where H is not positive definite in double precision.
+    In the precision of `gram`, to which its sum was rounded, or where H is not positive definite in
+    that, in double. Raises ValueError where it is in neither.
     """
-    hessian = gram.to(torch.float64, copy=True)
-    diagonal = hessian.diagonal()
-    added = torch.full_like(diagonal, damping * (diagonal.mean().item() or 1.0))
-    # A feature that is never seen costs nothing to prune: its weights come first, not as damping says.
-    diagonal.add_(torch.where(diagonal > 0, added, 1e-6 * added))
-    # Read from the last row and column to the first, a lower factor L of H is an upper one R with
-    # H = R R^T, and U is its inverse: neither H^-1 nor a second factorization is needed.
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if info.item() != 0:
-        raise ValueError(
-            f"the inputs of a layer are too dependent on each other for `damping={damping}`: raise it."
-        )
-    identity = torch.eye(len(gram), dtype=hessian.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1).to(gram.dtype)
+    for dtype in (gram.dtype, torch.float64):
+        # Read from the last row and column to the first, a lower factor L of H is an upper one R with
+        # H = R R^T, and U is its inverse: neither H^-1 nor a second factorization is needed.
+        hessian = gram.flip(0, 1).to(dtype)
+        diagonal = hessian.diagonal()
+        added = torch.full_like(diagonal, damping * (diagonal.mean().item() or 1.0))
+        # A feature that is never seen costs nothing to prune: its weights come first.
+        diagonal.add_(torch.where(diagonal > 0, added, 1e-6 * added))
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if info.item() == 0:
+            del hessian, diagonal
+            return _invert_lower_(lower).flip(0, 1).to(gram.dtype)
+    raise ValueError(
+        f"the inputs of a layer are too dependent on each other for `damping={damping}`: raise it."
+    )
 
 
 def add_gram(total: Tensor | None, inputs: Tensor) -> Tensor:
     """Adds inputs (positions, in) to the sum of x x^T (in, in), in place."""
-    return inputs.t() @ inputs if total is None else total.addmm_(inputs.t(), inputs)
+    width = inputs.shape[1]
+    if total is None:
+        total = inputs.new_zeros(width, width)
+    for start in range(0, width, COLUMNS):
+        end = min(start + COLUMNS, width)
+        total[start:end, start:].addmm_(inputs[:, start:end].t(), inputs[:, start:])
+        total[end:, start:end] = total[start:end, end:].t()  # half the products are the other half's
+    return total
+
+
+def _invert_lower_(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, in its place."""
+    width = len(lower)
+    identity = torch.eye(width, min(COLUMNS, width), dtype=lower.dtype, device=lower.device)
+    for start in range(0, width, COLUMNS):
+        end = min(start + COLUMNS, width)
+        # Above `start` these columns of the inverse are zero, as they are in `lower`; and no column of
+        # `lower` before them is needed any more.
+        rest, right = lower[start:, start:], identity[: width - start, : end - start]
+        lower[start:, start:end] = torch.linalg.solve_triangular(rest, right, upper=False)
+    return lower
 
 
 def _lowest(score: Tensor, count: int) -> Tensor:
