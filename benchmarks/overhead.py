@@ -1,12 +1,12 @@
 """Step time and peak memory of Trainer + PruningCallback over bare Trainer, MiniLM at batch 32 x 128.
 
-python benchmarks/overhead.py --steps 20
+python benchmarks/overhead.py --steps 50
 
 For the time both trainings run in one process, their steps in turn, so that whatever slows the machine
 slows both. Forward and backward are the same code in both and vary by more than the callback takes, so
 beside the ratio of whole steps there is one of what differs: the optimizer's step with the callback's
-hooks and rankings, over a bare step. For the memory each trains in a process of its own, since the peak
-of a process never falls. Prints JSON.
+hooks and rankings, over a bare step; while the schedule runs, after it, and over all. For the memory
+each trains in a process of its own, since the peak of a process never falls. Prints JSON.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 from hf_compress import PruningCallback
 from hf_compress.samples import minilm
 
-INTERVAL = 10
+# What the callback takes by default, the interval that of a long training.
+END, INTERVAL = 0.6, 10
 KINDS = ("bare", "pruned")
 
 
@@ -54,7 +55,7 @@ class Turns(TrainerCallback):
 
 def trainer(kind, folder, options, callbacks=()):
     ids = torch.randint(1000, 30000, (options.batch * options.steps, options.length))
-    pruning = [PruningCallback(0.9, end=1.0, interval=INTERVAL)] if kind == "pruned" else []
+    pruning = [PruningCallback(0.9, end=END, interval=INTERVAL)] if kind == "pruned" else []
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 8).tolist()})
     return Trainer(
         BertForSequenceClassification.from_pretrained(minilm(), num_labels=8),
@@ -87,15 +88,24 @@ def times(options):
     # The first two steps allocate.
     median = {kind: statistics.median(turn.seconds[2:]) for kind, turn in turns.items()}
     total = {kind: sum(turn.seconds[2:]) for kind, turn in turns.items()}
-    optimizer = {kind: statistics.mean(turn.optimizer[2:]) for kind, turn in turns.items()}
-    ranking = statistics.median(turns["pruned"].optimizer[INTERVAL - 1 :: INTERVAL])
+    end = round(END * options.steps)
+    phases = {"while_pruning": slice(2, end), "afterwards": slice(end, None), "all": slice(2, None)}
+    optimizer = {
+        phase: {kind: statistics.mean(turn.optimizer[steps]) for kind, turn in turns.items()}
+        for phase, steps in phases.items()
+    }
     return {
         "median_seconds": median,
         "time_ratio_of_medians": median["pruned"] / median["bare"],
         "time_ratio_of_sums": total["pruned"] / total["bare"],
+        "median_seconds_in_optimizer_when_ranking": statistics.median(
+            turns["pruned"].optimizer[INTERVAL - 1 : end : INTERVAL]
+        ),
         "mean_seconds_in_optimizer": optimizer,
-        "median_seconds_in_optimizer_when_ranking": ranking,
-        "time_ratio_by_what_differs": 1 + (optimizer["pruned"] - optimizer["bare"]) / median["bare"],
+        "time_ratio_by_what_differs": {
+            phase: 1 + (mean["pruned"] - mean["bare"]) / median["bare"]
+            for phase, mean in optimizer.items()
+        },
     }
 
 
@@ -110,7 +120,7 @@ def peak(kind, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
