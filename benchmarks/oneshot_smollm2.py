@@ -6,8 +6,9 @@
 The peer is llm-compressor, in an environment of its own (`pip install torch==2.13.0 llmcompressor`);
 without `--peer_python` it is left out. Calibrates on rows of one book and measures on another. The
 GGUF is turned into fp32 weights once; each method then starts from that file in a process of its own,
-with the same rows in the same batches on as many threads, and writes its weights, which this process
-evaluates. Seconds are those of pruning; `loaded_megabytes` is the resident memory when it begins,
+with the same rows in the same order on as many threads, and writes its weights, which this process
+evaluates. The peer takes batches of one row, its default, in which it is quickest and smallest.
+Seconds are those of pruning; `loaded_megabytes` is the resident memory when it begins,
 `peak_megabytes` the highest until it ends, of the process with all that it has imported.
 Prints JSON.
 """
@@ -107,7 +108,8 @@ def prune(options):
     tool, score, pattern = options.one
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = load_file(folder / "calibration.safetensors")["input_ids"]
-    batches = [{"input_ids": part} for part in ids.split(options.batch)]
+    size = options.batch if tool == OURS else options.peer_batch
+    batches = [{"input_ids": part} for part in ids.split(size)]
     prepared = our_pruning if tool == OURS else peer_pruning
     pruning = prepared(model, batches, score, pattern, options.sparsity)
     # Loading holds the weights twice; this sets the peak back to what is resident now.
@@ -131,7 +133,7 @@ def prune(options):
 
 def measure(tool, score, pattern, *, folder, model, ids, options):
     """What `prune` finds in another process, with the sparsity and perplexity of what it wrote."""
-    passed = ["rows", "length", "batch", "sparsity", "threads"]
+    passed = ["batch", "peer_batch", "sparsity", "threads"]
     process = subprocess.run(
         [
             sys.executable if tool == OURS else options.peer_python,
@@ -171,6 +173,7 @@ def main():
     parser.add_argument("--rows", type=int, default=32, help="for calibration")
     parser.add_argument("--length", type=int, default=512, help="tokens for each row")
     parser.add_argument("--batch", type=int, default=4, help="rows for each calibration batch")
+    parser.add_argument("--peer_batch", type=int, default=1, help="the same for the peer")
     parser.add_argument("--calibration", choices=COLUMNS, default="book-excerpts")
     parser.add_argument("--evaluation", choices=COLUMNS, default="grimm-tales")
     parser.add_argument("--evaluation_rows", type=int, default=64)

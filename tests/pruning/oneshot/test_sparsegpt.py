@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_compress.pruning.oneshot.sparsegpt import add_gram, inverse_factor, sparsegpt
+from hf_compress.pruning.oneshot.sparsegpt import COLUMNS, add_gram, inverse_factor, sparsegpt
 
 DAMPING = 0.01
 
@@ -80,6 +80,27 @@ def test_factor_holds_the_inverse_over_the_columns_that_follow():
     for j in range(24):
         row = torch.linalg.inv(damped[j:, j:])[0]
         torch.testing.assert_close(factor[j, j] * factor[j, j:], row, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [COLUMNS - 1, COLUMNS, 2 * COLUMNS + 50])
+def test_what_is_worked_on_in_parts_is_whole(width):
+    inputs = layer(width=width, positions=2 * width)[1].double()
+    gram = add_gram(add_gram(None, inputs[:70]), inputs[70:])
+    torch.testing.assert_close(gram, inputs.T @ inputs)
+    factor = inverse_factor(gram, damping=DAMPING)
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    assert factor.equal(factor.triu())
+    torch.testing.assert_close(factor @ damped @ factor.T, torch.eye(width, dtype=torch.float64))
+
+
+def test_double_precision_where_single_does_not_suffice():
+    gram = add_gram(None, torch.arange(1.0, 25.0)[None])  # of rank one, and exact in both
+    damped = gram + 1e-8 * gram.diagonal().mean() * torch.eye(24)
+    assert torch.linalg.cholesky_ex(damped).info.item()
+    factor = inverse_factor(gram, damping=1e-8)
+    wanted = inverse_factor(gram.double(), damping=1e-8)
+    assert factor.dtype == torch.float32
+    torch.testing.assert_close(factor, wanted.float())
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.29, 0.57, 0.999])
