@@ -3,6 +3,9 @@
 Floats sort like their bit patterns, so two histograms of 65,536 bins (of the upper, then the lower
 16 bits) find the exact threshold in time linear in the weights. Scores are computed in pieces, three
 times; nothing is concatenated and nothing of a weight's size is kept but the masks.
+
+Weights that would keep less than their floor get it first, and the others share the rest. Most of them
+are known after the first histogram, by a coarse one of 4,096 bins that is kept for each weight.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from hf_compress.pruning.scores import Noise
 
 PIECE = 1 << 18
 BINS = 1 << 16
+COARSE = 1 << 12
 # Upper halves of -inf and inf, in `_keys` order: finite scores lie strictly between.
 LOWEST, HIGHEST = 0x007F, 0xFF80
 
@@ -47,20 +51,30 @@ def keep_highest(
         raise ValueError(f"cannot keep {kept} of {sum(sizes)} weights.")
     at_least = min(at_least, kept / max(sum(sizes), 1))
     floors = [int(at_least * size) for size in sizes]
-    masks: list[Tensor | None] = [None] * len(inputs)
+    upper = torch.zeros(BINS, dtype=torch.int64)
+    coarse = torch.empty(len(inputs), COARSE, dtype=torch.int64)
+    for i, tensors in enumerate(inputs):
+        counts = _upper_histogram(formula, tensors)
+        upper += counts
+        coarse[i] = counts.view(COARSE, -1).sum(1)
+    check_finite(int(upper[: LOWEST + 1].sum() + upper[HIGHEST:].sum()))
+
+    masks: dict[int, Tensor] = {}
     free = list(range(len(inputs)))
+    starved = _surely_starved(coarse, kept, floors)
     while free:
-        chosen = _keep_highest(formula, [inputs[i] for i in free], kept)
-        starved = [i for i, mask in zip(free, chosen, strict=True) if count_kept(mask) < floors[i]]
-        if not starved:
-            for i, mask in zip(free, chosen, strict=True):
-                masks[i] = mask
-            break
         for i in starved:
-            (masks[i],) = _keep_highest(formula, [inputs[i]], floors[i])
+            counts = _upper_histogram(formula, inputs[i])
+            (masks[i],) = _keep_highest(formula, [inputs[i]], floors[i], counts)
+            upper -= counts
             kept -= floors[i]
             free.remove(i)
-    return [mask for mask in masks if mask is not None]
+        chosen = _keep_highest(formula, [inputs[i] for i in free], kept, upper)
+        masks.update(zip(free, chosen, strict=True))
+        starved = [i for i in free if count_kept(masks[i]) < floors[i]]
+        if not starved:
+            break
+    return [masks[i] for i in range(len(inputs))]
 
 
 def count_kept(mask: Tensor) -> int:
@@ -92,9 +106,30 @@ def total(count: int, tensor: Tensor) -> int:
     return int(sum_over_shards([(torch.tensor([count], device=local(tensor).device), tensor)]))
 
 
-def _keep_highest(formula: Callable[..., Tensor], inputs: Sequence[Inputs], kept: int) -> list[Tensor]:
-    upper = _histogram(formula, inputs, lambda keys: (keys >> 16) + BINS // 2)
-    check_finite(int(upper[: LOWEST + 1].sum() + upper[HIGHEST:].sum()))
+def _upper_histogram(formula: Callable[..., Tensor], tensors: Inputs) -> Tensor:
+    """Counts (BINS,) of the upper halves of one weight's scores, over all ranks, on the CPU."""
+    return _histogram(formula, [tensors], lambda keys: (keys >> 16) + BINS // 2)
+
+
+def _surely_starved(coarse: Tensor, kept: int, floors: Sequence[int]) -> list[int]:
+    """Weights that keep less than their floor, as far as their histograms (weights, COARSE) tell: none
+    keeps more than it has from the bin of the lowest kept score on."""
+    at_or_above = coarse.flip(1).cumsum(1).flip(1)
+    least = torch.tensor(floors)
+    free = torch.ones(len(floors), dtype=torch.bool)
+    while True:
+        reached = (at_or_above[free].sum(0) >= kept).nonzero()
+        starved = free & (at_or_above[:, int(reached.max())] < least)
+        if not starved.any():
+            return (~free).nonzero().squeeze(1).tolist()
+        free &= ~starved
+        kept -= int(least[starved].sum())
+
+
+def _keep_highest(
+    formula: Callable[..., Tensor], inputs: Sequence[Inputs], kept: int, upper: Tensor
+) -> list[Tensor]:
+    """As `keep_highest`, without floors; `upper` is the sum of the inputs' `_upper_histogram`."""
     pruned = sum(_first(tensors).numel() for tensors in inputs) - kept
     if pruned == 0:
         return [torch.ones_like(_first(tensors), dtype=torch.bool) for tensors in inputs]
@@ -113,22 +148,21 @@ def _masks(
     pruned_ties: int,
     all_ties: int,
 ) -> list[Tensor]:
+    some_stay = pruned_ties < all_ties
     masks = []
     for tensors in inputs:
         mask = torch.zeros_like(_first(tensors), dtype=torch.bool)
         flat = local(mask).view(-1)
+        ties = [torch.empty(0, dtype=torch.int64, device=flat.device)]
         for place, keys in _keys(formula, tensors):
             torch.gt(keys, threshold, out=flat[place])
-        if pruned_ties < all_ties:
-            ties = torch.cat(
-                [
-                    (keys == threshold).nonzero().squeeze(1) + place.start
-                    for place, keys in _keys(formula, tensors)
-                ]
-            )
-            before = count_in_earlier_shards(len(ties), mask)
-            flat[ties[max(pruned_ties - before, 0) :]] = True
-            pruned_ties -= min(total(len(ties), mask), pruned_ties)
+            if some_stay:
+                ties.append((keys == threshold).nonzero().squeeze(1) + place.start)
+        if some_stay:
+            tied = torch.cat(ties)
+            before = count_in_earlier_shards(len(tied), mask)
+            flat[tied[max(pruned_ties - before, 0) :]] = True
+            pruned_ties -= min(total(len(tied), mask), pruned_ties)
         masks.append(mask)
     return masks
 
@@ -144,7 +178,7 @@ def _histogram(
             counts += torch.bincount(bins(keys), minlength=BINS)
         return counts
 
-    return sum_over_shards((one(tensors), _first(tensors)) for tensors in inputs)
+    return sum_over_shards((one(tensors), _first(tensors)) for tensors in inputs).cpu()
 
 
 def _keys(formula: Callable[..., Tensor], tensors: Inputs) -> Iterator[tuple[slice, Tensor]]:

@@ -74,6 +74,32 @@ def test_no_layer_collapses():
     assert weak[masks[0]].min() >= weak[~masks[0]].max()
 
 
+@pytest.mark.parametrize("at_least", [0.01, 0.1, 0.19])
+@pytest.mark.parametrize("seed", range(6))
+def test_floors_equal_their_definition(seed, at_least):
+    """One after the other, whatever would keep less than its floor gets it, and the others share."""
+    draw = torch.Generator().manual_seed(seed)
+    # Scales close to each other, so that giving one its floor starves the next.
+    scores = [
+        torch.rand(int(n), generator=draw) * 1.1**i
+        for i, n in enumerate(torch.randint(20, 400, (9,), generator=draw))
+    ]
+    kept = sum(map(len, scores)) // 5
+    floors = [int(at_least * len(score)) for score in scores]
+    expected, free, rest = {}, list(range(len(scores))), kept
+    while True:
+        chosen = dict(zip(free, naive([scores[i] for i in free], rest), strict=True))
+        starved = [i for i in free if int(chosen[i].sum()) < floors[i]]
+        if not starved:
+            break
+        (expected[starved[0]],) = naive([scores[starved[0]]], floors[starved[0]])
+        rest -= floors[starved[0]]
+        free.remove(starved[0])
+    masks = keep_highest(identity, [(score,) for score in scores], kept, at_least=at_least)
+    for i, mask in enumerate(masks):
+        assert mask.equal((expected | chosen)[i]), i
+
+
 def test_the_guard_gives_way_to_the_target():
     masks = keep_highest(magnitude, [(torch.rand(100),), (torch.rand(100) + 1,)], 4, at_least=0.5)
     assert [count_kept(mask) for mask in masks] == [2, 2]
