@@ -19,6 +19,11 @@ class ConstrainingCallback(CompressionCallback):
 
     _constraints: Constraints | None = None
 
+    @property
+    def attached(self) -> bool:
+        """Whether a training that has begun is constrained."""
+        return self._constraints is not None
+
     @abc.abstractmethod
     def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
         """Make the constraints and pass each to `_constrain`."""

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_compress.callbacks.base import CompressionCallback
+from hf_compress.callbacks.constraining import ConstrainingCallback
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.figures import new_figure
 from hf_compress.publishing.audit import audit
@@ -66,9 +67,10 @@ class FamilyCallback(TrainerCallback):
     Better is what the Trainer takes for better: `metric_for_best_model` and `greater_is_better`, by
     default a lower `loss`. Resuming goes on with the family in `folder`; a new training replaces it.
 
-    Raises ValueError when made for levels that are not as above or above the target; when training
-    begins ValueError without evaluations or for sharded weights, and FileExistsError for a `folder`
-    that holds anything else.
+    Raises ValueError when made for levels that are not as above or above the target, and for a
+    `pruning` that logs no sparsity; when training begins ValueError without evaluations, without
+    `pruning` among its callbacks or for sharded weights, and FileExistsError for a `folder` that holds
+    anything else.
     """
 
     def __init__(
@@ -78,8 +80,14 @@ class FamilyCallback(TrainerCallback):
         folder: str | Path,
         levels: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9),
     ) -> None:
-        rising = list(levels) == sorted({*levels})
-        if not levels or not rising or not 0 < levels[0] <= levels[-1] < 1:
+        if not isinstance(pruning, CompressionCallback) or "sparsity" not in pruning.measurements():
+            raise ValueError(
+                f"`pruning` is a {type(pruning).__name__}, which logs no `sparsity`: pass the "
+                "PruningCallback that is in `callbacks` too."
+            )
+        several = isinstance(levels, Sequence) and len(levels) > 0
+        rising = several and list(levels) == sorted({*levels})
+        if not rising or not 0 < levels[0] <= levels[-1] < 1:
             raise ValueError(
                 f"`levels` is {levels!r}: give fractions in (0, 1) that rise, such as (0.5, 0.8)."
             )
@@ -109,7 +117,9 @@ class FamilyCallback(TrainerCallback):
                 "a family is chosen among evaluations: set `eval_strategy` to 'steps' or 'epoch'."
             )
         if any(isinstance(param, DTensor) for param in model.parameters()):
-            raise ValueError("a callback cannot save sharded weights: use DDP instead of FSDP.")
+            raise ValueError(
+                "the weights are sharded, and a callback cannot save them: use DDP instead of FSDP."
+            )
         self._training = True
         self._family = {}
         on_main_process(lambda: self._open_folder(resumed=state.global_step > 0))
@@ -117,6 +127,12 @@ class FamilyCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        # Not when the training begins: it may come after this callback in the list.
+        if isinstance(self.pruning, ConstrainingCallback) and not self.pruning.attached:
+            raise ValueError(
+                f"the {type(self.pruning).__name__} of this family is not in the training: give both "
+                "to Trainer, callbacks=[pruning, family]."
+            )
         self._level_before = self._level()
 
     def on_step_end(

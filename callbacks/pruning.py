@@ -54,6 +54,12 @@ class PruningCallback(MaskingCallback):
         targets: str | Sequence[str] | None = None,
         ignore: str | Sequence[str] | None = None,
     ) -> None:
+        for name, drop in (("hold_when", hold_when), ("step_back_when", step_back_when)):
+            if drop is not None and not isinstance(drop, Drop):
+                raise ValueError(
+                    f"`{name}` is {drop!r}: pass a drop of a metric, such as "
+                    "Drop(metric='accuracy', by=0.01), from hf_compress.schedules."
+                )
         self.score = find_score(score)
         self.pattern = pattern
         self.scope = scope

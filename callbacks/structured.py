@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from hf_compress.callbacks.constraining import ConstrainingCallback, check_resumed
 from hf_compress.pruning.structure.architectures import Kind
-from hf_compress.pruning.structure.choice import check_fraction, count_kept
+from hf_compress.pruning.structure.choice import check_fraction, check_round_to, count_kept
 from hf_compress.pruning.structure.config import smaller_config
 from hf_compress.pruning.structure.pruner import UnitPruner
 from hf_compress.pruning.structure.units import find_units
@@ -66,6 +66,7 @@ class StructuredPruningCallback(ConstrainingCallback):
                 "`ffn` and `heads` are 0, so there is nothing to prune: pass a fraction in (0, 1) for "
                 "one or both, such as ffn=0.5."
             )
+        check_round_to(round_to)
         Schedule(final=1.0, shape=schedule, start=start, end=end)  # wrong times are told here
         self.fractions = {kind: fraction for kind, fraction in fractions.items() if fraction > 0.0}
         self.schedule = schedule

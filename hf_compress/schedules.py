@@ -74,7 +74,7 @@ class Schedule:
     end: int | float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.shape, str) and self.shape not in SHAPES:
+        if not callable(self.shape) and not (isinstance(self.shape, str) and self.shape in SHAPES):
             raise ValueError(
                 f"`schedule` is {self.shape!r}; allowed are {sorted(SHAPES)} or a function of "
                 "progress in [0, 1]."
@@ -125,7 +125,7 @@ class Drop:
     by: in the units of the metric, 0 or more.
     greater_is_better: None says what Trainer says, that all but losses are better when they rise.
 
-    Raises ValueError for a `by` that is negative.
+    Raises ValueError for a metric without a name and a `by` that is negative.
     """
 
     metric: str
@@ -133,8 +133,15 @@ class Drop:
     greater_is_better: bool | None = None
 
     def __post_init__(self) -> None:
-        if not self.by >= 0:
-            raise ValueError(f"`by` is {self.by}: the drop that is accepted is 0 or more.")
+        if not isinstance(self.metric, str) or not self.metric:
+            raise ValueError(
+                f"`metric` is {self.metric!r}: pass its name in the logs, such as 'eval_accuracy'."
+            )
+        if not isinstance(self.by, int | float) or not self.by >= 0:
+            raise ValueError(
+                f"`by` is {self.by!r}: the drop that is accepted is 0 or more, in the units of the "
+                "metric, such as 0.01."
+            )
 
     @property
     def name(self) -> str:
@@ -198,6 +205,12 @@ def check_time(name: str, when: int | float) -> None:
         )
     if when < 0:
         raise ValueError(f"`{name}` is {when}: steps count from 0.")
+
+
+def check_interval(interval: int) -> None:
+    """Raises ValueError where `interval` is no number of steps."""
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"`interval` is {interval!r}: pass a number of steps, 1 or more.")
 
 
 def _check_shape(shape: Shape) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,14 @@ def find_targets(
 
 
 def _as_list(argument: str, entries: str | Sequence[str] | None) -> list[str]:
-    entries = [entries] if isinstance(entries, str) else list(entries or [])
+    if isinstance(entries, str):
+        entries = [entries]
+    elif entries is not None and not isinstance(entries, Iterable):
+        raise ValueError(
+            f"`{argument}` is a {type(entries).__name__}: pass class names, module names or 're:', "
+            "one or a list of them."
+        )
+    entries = list(entries or [])
     for entry in entries:
         if not isinstance(entry, str) or not entry:
             raise ValueError(f"`{argument}` holds {entry!r}: pass class names, module names or 're:'.")

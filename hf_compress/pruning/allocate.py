@@ -33,6 +33,7 @@ def erk(weights: Mapping[str, Tensor], sparsity: float) -> Fractions:
     the kernel counts in both the sum and the product.
     """
     part = {}
+    _check_weights(weights)
     for name, weight in weights.items():
         shape = weight.shape[1:] if weight.dim() == 3 else weight.shape
         part[name] = sum(shape) / math.prod(shape)
@@ -59,10 +60,16 @@ def owl(
         gives all weights of a transformer block one number.
     spread: half the distance in [0, 1] between the sparsest and the densest weight.
 
-    Raises ValueError where `outliers` lacks a weight, or `spread` is no fraction.
+    Raises ValueError where `outliers` lacks a weight or has no fraction of it, or `spread` is none.
     """
     _check_all(weights, outliers, "outliers")
-    if not 0.0 <= spread <= 0.5:
+    for name in weights:
+        if not 0.0 <= outliers[name] <= 1.0:
+            raise ValueError(
+                f"`outliers` has {outliers[name]!r} for {name}: a part of its weights lies in [0, 1], "
+                "as `hf_compress.pruning.outliers.outlier_ratios` measures it."
+            )
+    if not isinstance(spread, int | float) or not 0.0 <= spread <= 0.5:
         raise ValueError(f"`spread` is {spread!r}: it lies in [0, 0.5]; the paper takes 0.08.")
     ratios = [outliers[name] for name in weights]
     least, most = min(ratios, default=0.0), max(ratios, default=0.0)
@@ -85,9 +92,13 @@ def by_sensitivity(
         falls it is taken as level, since pruning more does not mend what pruning less has broken. No
         weight becomes sparser than the last finite point of its curve.
 
-    Raises ValueError where `curves` lacks a weight, or does not go as far as the sparsity needs.
+    Raises ValueError where `curves` lacks a weight, has points that are no sparsities in [0, 1), or
+    does not go as far as the sparsity needs.
     """
     _check_all(weights, curves, "curves")
+    for name in weights:
+        for point in curves[name]:
+            check_sparsity(point)
     rising = {name: _rising(curves[name]) for name in weights}
     worst = max((points[-1][1] for points in rising.values()), default=0.0)
 
@@ -113,8 +124,7 @@ def _reach(
         they are cut.
     """
     check_sparsity(sparsity)
-    if not weights:
-        raise ValueError("There are no weights to share the sparsity out among.")
+    _check_weights(weights)
     sizes = {name: weight.numel() for name, weight in weights.items()}
     # At least one of a weight is kept: a fraction of 1 is refused when it is pruned.
     limits = {name: size - 1 for name, size in sizes.items()}
@@ -167,6 +177,18 @@ def _furthest(points: list[tuple[float, float]], harm: float) -> float:
     return points[-1][0]
 
 
+def _check_weights(weights: Mapping[str, Tensor]) -> None:
+    if not isinstance(weights, Mapping) or not weights:
+        given = f"a {type(weights).__name__}" if not isinstance(weights, Mapping) else "empty"
+        raise ValueError(
+            f"`weights` is {given}, no weights to share the sparsity out among: pass "
+            "`find_targets(model).parameters`."
+        )
+
+
 def _check_all(weights: Mapping[str, Tensor], given: Mapping[str, object], argument: str) -> None:
+    _check_weights(weights)
     if missing := [name for name in weights if name not in given]:
-        raise ValueError(f"`{argument}` lacks {len(missing)} weights, {missing[:3]} among them.")
+        raise ValueError(
+            f"`{argument}` lacks {len(missing)} weights, {missing[:3]} among them: give each a value."
+        )

@@ -17,7 +17,7 @@ from hf_compress.pruning.patterns import Pattern
 from hf_compress.pruning.ranking import Contest, Formula, Scope, check_scope, contests
 from hf_compress.pruning.scores import Noise, Score, find_score
 from hf_compress.pruning.select import Inputs, count_kept
-from hf_compress.schedules import Schedule, Shape
+from hf_compress.schedules import Schedule, Shape, check_interval
 from hf_compress.targets import Target
 
 INTERVAL = 10
@@ -56,7 +56,8 @@ class Pruner(ZeroKeeper):
     number of optimizer steps taken when this one is done.
 
     Raises ValueError for settings out of range, when it is attached for weights that the pattern does
-    not divide or whose groups FSDP2 shards cut, and at a ranking for scores that are not finite.
+    not divide, of which nothing would stay or whose groups FSDP2 shards cut, and at a ranking for
+    scores that are not finite.
     """
 
     def __init__(
@@ -78,12 +79,12 @@ class Pruner(ZeroKeeper):
         super().__init__()
         self.pattern = Pattern.parse(pattern)
         check_scope(scope, self.pattern)
-        if interval is not None and (not isinstance(interval, int) or interval < 1):
-            raise ValueError(f"`interval` is {interval!r}: pass a number of steps, 1 or more.")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"`decay` is {decay!r}; it lies in [0, 1).")
-        if not 0.0 <= min_keep <= 1.0:
-            raise ValueError(f"`min_keep` is {min_keep!r}: it is a fraction in [0, 1].")
+        if interval is not None:
+            check_interval(interval)
+        if not isinstance(decay, int | float) or not 0.0 <= decay < 1.0:
+            raise ValueError(f"`decay` is {decay!r}: it lies in [0, 1), such as 0.9.")
+        if not isinstance(min_keep, int | float) or not 0.0 <= min_keep <= 1.0:
+            raise ValueError(f"`min_keep` is {min_keep!r}: it is a fraction in [0, 1], such as 0.01.")
         sparsity = sparsity_of(self.pattern, sparsity)
         self.schedule = Schedule(final=sparsity, shape=schedule, start=start, end=end)
         self.score = find_score(score)
@@ -139,6 +140,7 @@ class Pruner(ZeroKeeper):
         # What was zero at the start is zero in the latent weight too, so a resumed run knows it.
         trained = {member.name: count_kept(member.latent != 0) for member in members}
         self._floors = [c.size - sum(trained[n] for n in c.weights) for c in self._contests]
+        self._check_something_stays()
         self._updated = self._step
         self._freeze_if_finished(members)
         if self.score.accumulate is not None and not self._finished:
@@ -184,6 +186,16 @@ class Pruner(ZeroKeeper):
                 raise ValueError(
                     f"the shards of {member.name} hold parts of its input features, which score "
                     f"{self.score.name!r} cannot tell apart: use DDP, or a score of gradients."
+                )
+
+    def _check_something_stays(self) -> None:
+        final = self.schedule.final
+        for contest, floor, due in zip(self._contests, self._floors, self._due_at(final), strict=True):
+            if floor < contest.size == due:
+                raise ValueError(
+                    f"`sparsity` {final:.6g} leaves nothing of {next(iter(contest.weights))}, where "
+                    f"{contest.size // contest.volume} parts compete: ask for less, leave it out by "
+                    "`ignore`, or take a wider `scope`."
                 )
 
     def _due_at(self, sparsity: float) -> list[int]:

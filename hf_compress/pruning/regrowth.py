@@ -14,7 +14,7 @@ from hf_compress.distributed import local
 from hf_compress.pruning.masks import ZeroKeeper, check_sparsity
 from hf_compress.pruning.scores import magnitude
 from hf_compress.pruning.select import count_kept, keep_highest
-from hf_compress.schedules import as_step, check_time
+from hf_compress.schedules import as_step, check_interval, check_time
 
 
 class RigL(ZeroKeeper):
@@ -36,7 +36,8 @@ class RigL(ZeroKeeper):
     Memory for each weight: a bool mask. In a loop of your own, tell it the time before each step:
     `rigl.at(step, max_steps)`.
 
-    Raises ValueError for settings out of range, and when attached to weights that are sparser already.
+    Raises ValueError for settings out of range, and when attached to weights that are sparser already
+    or for a training too short for one exchange.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class RigL(ZeroKeeper):
     ) -> None:
         super().__init__()
         check_sparsity(sparsity)
-        if not 0.0 < fraction <= 1.0:
-            raise ValueError(f"`fraction` is {fraction!r}: the part to exchange lies in (0, 1].")
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"`interval` is {interval!r}: pass a number of steps, 1 or more.")
+        if not isinstance(fraction, int | float) or not 0.0 < fraction <= 1.0:
+            raise ValueError(
+                f"`fraction` is {fraction!r}: the part to exchange lies in (0, 1], such as 0.3."
+            )
+        check_interval(interval)
         check_time("end", end)
         self._sparsity = sparsity
         self.fraction = fraction
@@ -63,6 +65,7 @@ class RigL(ZeroKeeper):
         return dict.fromkeys(parameters, self._sparsity)
 
     def begin(self, members: Sequence[Member]) -> None:
+        self._check_that_some_exchange_comes()
         fresh = [member for member in members if "mask" not in member]
         super().begin(members)
         for member in fresh:
@@ -81,6 +84,15 @@ class RigL(ZeroKeeper):
             for member in members:
                 _exchange(member, part)
         super().observe(members)
+
+    def _check_that_some_exchange_comes(self) -> None:
+        last = as_step(self.end, self._max_steps) - 1
+        if self._max_steps > 0 and self.interval > last:
+            raise ValueError(
+                f"`interval` is {self.interval}, but the last exchange can come at step {last} of "
+                f"{self._max_steps}, so the zeros would never move: pass a shorter `interval`, or "
+                "train longer."
+            )
 
     def _exchanged(self) -> float:
         """The part of the active weights to exchange before this step."""

@@ -103,8 +103,11 @@ def soft_movement(*, penalty: float = 1e-5, rate: float = 1e4) -> Score:
 
     Raises ValueError for a negative penalty or a rate that is not positive.
     """
-    if penalty < 0 or not rate > 0:
-        raise ValueError(f"`penalty` is {penalty} and `rate` {rate}: both are positive numbers.")
+    if not penalty >= 0 or not rate > 0:
+        raise ValueError(
+            f"`penalty` is {penalty} and `rate` {rate}: both are positive numbers, such as 1e-5 and "
+            "1e4."
+        )
 
     def accumulate(total: Tensor, weight: Tensor, grad: Tensor, decay: float) -> Tensor:
         sigmoid = total.sigmoid()
@@ -162,7 +165,7 @@ def find_score(score: str | Score) -> Score:
     """The score of that name, or the one given. Raises ValueError for an unknown name."""
     if isinstance(score, Score):
         return score
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise ValueError(
             f"`score` is {score!r}; allowed are {sorted(SCORES)}, or a `Score` of your own."
         )

@@ -41,7 +41,10 @@ def to_semi_structured_(
         if type(module) is nn.Linear and module.weight.dtype in _DTYPES and _is_2_of_4(module.weight)
     }
     if not layers:
-        raise ValueError("`model` has no Linear in fp16 or bf16 with two zeros in every four inputs.")
+        raise ValueError(
+            "`model` has no Linear in fp16 or bf16 with two zeros in every four inputs: prune it by "
+            "pattern='2:4', and load it in bf16."
+        )
     seconds = {}
     for name, features in _seen_by(layers, model, inputs).items():
         layer = layers[name]

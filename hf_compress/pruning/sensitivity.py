@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -104,17 +105,23 @@ def scan_sensitivity(
     The model is bit for bit what it was afterwards, also when `evaluate` raises.
 
     Raises ValueError for sparsities or scores that are not as above, targets that match nothing, and a
-    dense model whose metric is not finite.
+    dense model whose metric is not finite; TypeError for an `evaluate` that is no function to a number.
     """
+    if not callable(evaluate):
+        raise TypeError(
+            f"`evaluate` is a {type(evaluate).__name__}: pass a function of the model, such as "
+            "`lambda _: trainer.evaluate()['eval_loss']`."
+        )
     _check_sparsities(sparsities)
     selection = find_targets(model, targets, ignore)
     if scores is not None:
         _check_scores(selection, scores)
     with logging.tqdm(total=1 + len(selection.targets) * len(sparsities), desc="Scanning") as bar:
-        dense = float(evaluate(model))
+        dense = _number(evaluate(model))
         if not math.isfinite(dense):
             raise ValueError(
-                f"`evaluate` gave {dense} for the model as it is: there is nothing to harm."
+                f"`evaluate` gave {dense} for the model as it is, and only a finite number can get "
+                "worse: look at the model and its data first."
             )
         bar.update()
         metrics: dict[str, dict[float, float]] = {}
@@ -124,9 +131,18 @@ def scan_sensitivity(
             for sparsity in sparsities:
                 bar.set_postfix_str(f"{name} {sparsity:g}")
                 with _pruned(param, score, sparsity):
-                    metrics[name][float(sparsity)] = float(evaluate(model))
+                    metrics[name][float(sparsity)] = _number(evaluate(model))
                 bar.update()
     return Sensitivity(metrics=metrics, dense=dense, greater_is_better=greater_is_better)
+
+
+def _number(metric: object) -> float:
+    if not isinstance(metric, (int, float, Tensor, np.number)):
+        raise TypeError(
+            f"`evaluate` gave a {type(metric).__name__}: return one number, such as "
+            "`trainer.evaluate()['eval_loss']`."
+        )
+    return float(metric)
 
 
 @contextmanager
@@ -143,9 +159,10 @@ def _pruned(param: nn.Parameter, score: Tensor, sparsity: float) -> Iterator[Non
 
 
 def _check_sparsities(sparsities: Sequence[float]) -> None:
-    for sparsity in sparsities:
+    several = isinstance(sparsities, Sequence) and not isinstance(sparsities, str)
+    for sparsity in sparsities if several else ():
         check_sparsity(sparsity)
-    if not sparsities or list(sparsities) != sorted({*sparsities}) or sparsities[0] == 0:
+    if not several or not sparsities or list(sparsities) != sorted({*sparsities}) or sparsities[0] == 0:
         raise ValueError(
             f"`sparsities` is {sparsities!r}: give fractions in (0, 1) that rise, such as (0.5, 0.9)."
         )

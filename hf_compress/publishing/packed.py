@@ -54,8 +54,14 @@ def save_packed(source: str | Path, folder: str | Path) -> Sizes:
     is told at its top how to load the model (one is made where there is none).
 
     Raises FileExistsError when `folder` is not empty, FileNotFoundError when `source` has no
-    `model*.safetensors`, ValueError for a damaged file and for a quantized model.
+    `model*.safetensors`, ValueError for a damaged file and for a quantized model, TypeError for a model
+    where its folder is meant.
     """
+    if isinstance(source, PreTrainedModel):
+        raise TypeError(
+            f"`source` is a {type(source).__name__}: save it with `save_pretrained`, and pass the "
+            "folder."
+        )
     source, folder = Path(source), Path(folder)
     files = sorted(source.glob(DENSE[0]))
     if not files:

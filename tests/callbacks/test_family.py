@@ -14,6 +14,7 @@ from transformers import (
 
 from hf_compress import PruningCallback
 from hf_compress.callbacks.family import ROUNDING, FamilyCallback
+from hf_compress.callbacks.structured import StructuredPruningCallback
 from hf_compress.metrics.functions import accuracy
 from hf_compress.targets import find_targets
 
@@ -177,6 +178,7 @@ def test_levels_that_are_passed_over_are_told(tmp_path, caplog):
     ("levels", "message"),
     [
         ((), r"`levels` is \(\)"),
+        (0.5, "`levels` is 0.5: give fractions"),
         ((0.8, 0.5), "that rise"),
         ((0.5, 0.5), "that rise"),
         ((0.0, 0.5), "that rise"),
@@ -187,6 +189,26 @@ def test_levels_that_are_passed_over_are_told(tmp_path, caplog):
 def test_wrong_levels_are_refused_when_it_is_made(levels, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         FamilyCallback(PruningCallback(0.8), folder=tmp_path, levels=levels)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        (0.8, "`pruning` is a float, which logs no `sparsity`: pass the PruningCallback"),
+        (StructuredPruningCallback(ffn=0.5), "`pruning` is a StructuredPruningCallback"),
+    ],
+)
+def test_what_does_not_prune_weights_is_refused_when_it_is_made(pruning, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        FamilyCallback(pruning, folder=tmp_path)
+
+
+def test_a_training_without_the_pruning_is_refused_before_the_first_step(tmp_path):
+    run = trainer(tmp_path)
+    run.remove_callback(PruningCallback)
+    with pytest.raises(ValueError, match=r"not in the training.*callbacks=\[pruning, family\]"):
+        run.train()
+    assert run.state.global_step == 0
 
 
 def test_a_training_without_evaluations_is_refused(tmp_path):

@@ -56,8 +56,20 @@ def test_a_loss_drops_upwards():
     assert not drop.happened(0.5, [1.0])
     assert Drop(metric="loss", by=0.1, greater_is_better=True).happened(0.5, [1.0])
     assert clock_of(rows(1.0, 1.2, name="eval_loss"), hold=drop, back=None).at(13) == 10
-    with pytest.raises(ValueError, match="0 or more"):
-        Drop(metric="loss", by=-0.1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"by": -0.1}, "`by` is -0.1: the drop that is accepted is 0 or more"),
+        ({"by": float("nan")}, "`by` is nan"),
+        ({"by": "1 %"}, "`by` is '1 %'.*such as 0.01"),
+        ({"metric": None}, "`metric` is None: pass its name in the logs"),
+    ],
+)
+def test_wrong_drops_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Drop(**({"metric": "loss", "by": 0.1} | wrong))
 
 
 class Scripted(Trainer):

@@ -273,6 +273,8 @@ def test_weights_stay_what_they_were_where_nothing_goes(tmp_path):
         ({"ffn": True}, "`ffn` is True"),
         ({"ffn": 0.5, "end": 3.0}, "`end` is 3.0: a float is a fraction"),
         ({"ffn": 0.5, "start": -1}, "`start` is -1: steps count from 0"),
+        ({"ffn": 0.5, "round_to": 0}, "`round_to` is 0: pass a number of neurons"),
+        ({"ffn": 0.5, "round_to": 1.5}, "`round_to` is 1.5: pass a number of neurons"),
         ({"ffn": 0.5, "schedule": "quick"}, "`schedule` is 'quick'"),
         ({"ffn": 0.5, "start": 9, "end": 3}, "`start` .* is after `end`"),
     ],

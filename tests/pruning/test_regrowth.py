@@ -145,6 +145,7 @@ def test_a_weight_that_lost_all_its_gradients_is_left_in_peace():
         ({"sparsity": None}, "pass 0.8"),
         ({"fraction": 0.0}, r"\(0, 1\]"),
         ({"fraction": 1.5}, r"\(0, 1\]"),
+        ({"fraction": "0.3"}, "such as 0.3"),
         ({"interval": 0}, "1 or more"),
         ({"interval": True}, "1 or more"),
         ({"end": 1.5}, "fraction of the training"),
@@ -154,6 +155,15 @@ def test_a_weight_that_lost_all_its_gradients_is_left_in_peace():
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message):
         RigL(**({"sparsity": 0.5} | wrong))
+
+
+@pytest.mark.parametrize("wrong", [{"interval": 100}, {"interval": 10, "end": 10}])
+def test_a_training_without_an_exchange_is_refused(wrong):
+    net = network()
+    rigl = RigL(0.5, **wrong)
+    rigl.at(0, STEPS)
+    with pytest.raises(ValueError, match="`interval` is 10.*would never move: pass a shorter"):
+        constrain(torch.optim.SGD(net.parameters(), lr=0.1), find_targets(net).parameters, rigl)
 
 
 def test_a_sparser_model_is_refused():

@@ -258,8 +258,9 @@ def test_zeros_that_are_there_at_the_start_stay_whatever_the_score(score):
 def test_refusals():
     with pytest.raises(ValueError, match="'wanda'.*or a `Score` of your own"):
         find_score("snip")
-    with pytest.raises(ValueError, match="positive"):
-        soft_movement(rate=0.0)
+    for wrong in ({"rate": 0.0}, {"penalty": -1.0}, {"penalty": float("nan")}):
+        with pytest.raises(ValueError, match="both are positive numbers"):
+            soft_movement(**wrong)
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     with pytest.raises(ValueError, match="InputSquares"):

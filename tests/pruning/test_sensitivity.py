@@ -124,10 +124,14 @@ def test_it_can_be_read_and_seen(scan, tmp_path):
         ({"sparsities": ()}, "`sparsities` is"),
         ({"sparsities": (0.9, 0.5)}, "`sparsities` is"),
         ({"sparsities": (0.0, 0.5)}, "`sparsities` is"),
+        ({"sparsities": 0.5}, r"`sparsities` is 0.5: give fractions in \(0, 1\)"),
         ({"targets": "nothing"}, "matches no weight"),
         ({"scores": {}}, "`scores` has nothing for"),
         ({"scores": {names(tiny_bert())[0]: torch.ones(3)}, "targets": "query"}, r"has shape \(3,\)"),
         ({"evaluate": lambda model: float("nan")}, "`evaluate` gave nan"),
+        ({"evaluate": lambda model: {"eval_loss": 1.0}}, "`evaluate` gave a dict: return one number"),
+        ({"evaluate": lambda model: None}, "`evaluate` gave a NoneType: return one number"),
+        ({"evaluate": 0.5}, "`evaluate` is a float: pass a function of the model"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_pruned(arguments, message):
@@ -139,5 +143,5 @@ def test_wrong_arguments_are_refused_before_anything_is_pruned(arguments, messag
         raise AssertionError("work began before the refusal")
 
     arguments = {"evaluate": evaluate, "greater_is_better": False} | arguments
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         scan_sensitivity(model, arguments.pop("evaluate"), **arguments)

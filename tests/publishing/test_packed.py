@@ -230,6 +230,11 @@ def test_wrong_folders_are_refused(packed, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_model_is_told_that_its_folder_is_meant(tmp_path):
+    with pytest.raises(TypeError, match="is a LlamaForCausalLM: save it.*and pass the folder"):
+        save_packed(tiny_llama(), tmp_path)
+
+
 def test_quantized_models_are_refused(tmp_path):
     pytest.importorskip("bitsandbytes")
     tiny_llama(hidden=64).save_pretrained(tmp_path / "float")

@@ -166,7 +166,7 @@ def _method(
         raise ValueError(
             f"`block_size` is {block_size}: make it a multiple of {n_of_m[1]}, lest it cut the groups."
         )
-    if not 0.0 < damping < math.inf:
+    if not isinstance(damping, int | float) or not 0.0 < damping < math.inf:
         raise ValueError(f"`damping` is {damping!r}: it is a fraction above 0, such as 0.01.")
     return Method(
         add_gram,

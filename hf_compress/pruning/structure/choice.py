@@ -33,8 +33,7 @@ def choose_units(
     fractions: dict[Kind, float] = {"ffn": ffn, "heads": heads, "experts": experts}
     for kind, fraction in fractions.items():
         check_fraction(kind, fraction)
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"`round_to` is {round_to!r}: pass a number of neurons, 1 or more.")
+    check_round_to(round_to)
     kinds = [kind for kind, fraction in fractions.items() if fraction > 0]
     if not kinds and layers is None:
         raise ValueError("nothing to remove: pass `ffn`, `heads`, `experts` or `layers`.")
@@ -71,6 +70,12 @@ def check_fraction(kind: str, fraction: float) -> None:
         raise ValueError(
             f"`{kind}` is {fraction!r}: it is the fraction that goes, in [0, 1). For half pass 0.5."
         )
+
+
+def check_round_to(round_to: int) -> None:
+    """Raises ValueError where `round_to` is no number of neurons."""
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"`round_to` is {round_to!r}: pass a number of neurons, 1 or more, such as 8.")
 
 
 def count_kept(units: Units, fraction: float, round_to: int = 1) -> int:

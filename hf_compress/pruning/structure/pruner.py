@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_compress.constraint import Member, TimedConstraint
 from hf_compress.pruning.masks import check_restored
-from hf_compress.pruning.structure.choice import check_fraction, count_kept, highest
+from hf_compress.pruning.structure.choice import check_fraction, check_round_to, count_kept, highest
 from hf_compress.pruning.structure.removal import alive, zero_
 from hf_compress.pruning.structure.units import Units
 from hf_compress.schedules import Schedule, Shape
@@ -68,6 +68,7 @@ class UnitPruner(TimedConstraint):
                     f"{frozen[0]} is frozen, but a unit is trained as a whole: let it train "
                     "(`requires_grad_(True)`), or call prune_structure before the training."
                 )
+        check_round_to(round_to)
         if not isinstance(decay, int | float) or not 0.0 <= decay < 1.0:
             raise ValueError(f"`decay` is {decay!r}: it lies in [0, 1), such as 0.9.")
         self.units = list(units)

@@ -54,6 +54,7 @@ REFUSALS = [
     ({"block_size": 0}, ValueError, "number of columns"),
     ({"damping": 0.0}, ValueError, "above 0"),
     ({"damping": float("nan")}, ValueError, "above 0"),
+    ({"damping": "1 %"}, ValueError, "above 0, such as 0.01"),
     ({"calibration": None}, ValueError, "needs `calibration`"),
     ({"calibration": []}, ValueError, "empty"),
     ({"calibration": text()}, TypeError, "pass several batches"),
