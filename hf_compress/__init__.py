@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_compress.callbacks.family import FamilyCallback
     from hf_compress.callbacks.pruning import PruningCallback
+    from hf_compress.callbacks.quantization import QuantizationCallback
     from hf_compress.callbacks.rigl import RigLCallback
     from hf_compress.callbacks.structured import StructuredPruningCallback
     from hf_compress.constraint import constrain
@@ -38,6 +39,7 @@ _HOMES = {
     "Drop": "hf_compress.schedules",
     "FamilyCallback": "hf_compress.callbacks.family",
     "PruningCallback": "hf_compress.callbacks.pruning",
+    "QuantizationCallback": "hf_compress.callbacks.quantization",
     "RigLCallback": "hf_compress.callbacks.rigl",
     "StructuredPruningCallback": "hf_compress.callbacks.structured",
     "constrain": "hf_compress.constraint",
@@ -62,6 +64,7 @@ __all__ = [
     "Drop",
     "FamilyCallback",
     "PruningCallback",
+    "QuantizationCallback",
     "RigLCallback",
     "StructuredPruningCallback",
     "constrain",

@@ -18,7 +18,7 @@ hence nothing happened here either.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -56,7 +56,7 @@ class Member:
         return self._optimizer.state[self.param][PREFIX + key]
 
     def __setitem__(self, key: str, value: Tensor) -> None:
-        if self._optimizer.state.get(self.param):
+        if self.stepped:
             self._optimizer.state[self.param][PREFIX + key] = value
         else:
             self._pending[key] = value
@@ -66,6 +66,17 @@ class Member:
             del self._pending[key]
         else:
             del self._optimizer.state[self.param][PREFIX + key]
+
+    def keys(self) -> set[str]:
+        """The names of the tensors that are kept."""
+        state = self._optimizer.state.get(self.param, {})
+        names = {str(key).removeprefix(PREFIX) for key in state if str(key).startswith(PREFIX)}
+        return names | set(self._pending)
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the optimizer has stepped on this parameter, before a resume or since."""
+        return bool(self._optimizer.state.get(self.param))
 
     @property
     def latent(self) -> Tensor:
@@ -158,6 +169,7 @@ class Constraints:
                     f"{name} already has a {type(other).__name__} on this optimizer: one of a kind "
                     "for each weight. Use one with all settings, or give them other targets."
                 )
+        before = {member: member.keys() for member in members}
         # First, since it may refuse: then nothing stays attached.
         constraint.begin(members)
         self._groups.append((constraint, members))
@@ -165,24 +177,32 @@ class Constraints:
         for member in members:
             if constraint.needs_latent and "latent" not in member:
                 member["latent"] = member.param.detach().clone()
-        self._show_latents()
-        self._project()
+        # After a resume nothing is new, and the weights are as all constraints left them: projecting
+        # them now would undo what those that come later did, and hide it from their checks.
+        new = {member for member in members if not member.stepped or member.keys() != before[member]}
+        self._show_latents(new)
+        self._project(new)
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Detach from the optimizer and free its state of ours; the weights stay projected."""
+        """Detach from the optimizer and free its state of ours; the weights stay projected.
+
+        A second time it does nothing, though the optimizer may have got other constraints by then.
+        """
+        if vars(self._optimizer).get(_ATTACHED) is not self:
+            return
         for hook in self._hooks:
             hook.remove()
         for member in self._members.values():
             member.forget()
-        vars(self._optimizer).pop(_ATTACHED, None)
+        delattr(self._optimizer, _ATTACHED)
 
     @torch.no_grad()
     def _before(self, *_: object) -> None:
         if not self._overflowed():
             for constraint, members in self._groups:
                 constraint.observe([m for m in members if m.param.grad is not None])
-        self._show_latents()
+        self._show_latents(self._members.values())
 
     @torch.no_grad()
     def _after(self, *_: object) -> None:
@@ -194,21 +214,22 @@ class Constraints:
             for constraint, members in self._groups:
                 constraint.update(members)
         self._drop_latents()
-        self._project()
+        self._project(self._members.values())
 
     def _overflowed(self) -> bool:
         # A fused optimizer is called after an fp16 overflow too, and skips the update in its kernel.
         found_inf = vars(self._optimizer).get("found_inf")
         return found_inf is not None and bool(found_inf.item())
 
-    def _show_latents(self) -> None:
-        for member in self._members.values():
+    def _show_latents(self, members: Iterable[Member]) -> None:
+        for member in members:
             if "latent" in member:
                 member.param.copy_(member["latent"])
 
-    def _project(self) -> None:
+    def _project(self, chosen: Iterable[Member]) -> None:
+        chosen = {*chosen}
         for constraint, members in self._groups:
-            constraint.project_(members)
+            constraint.project_([member for member in members if member in chosen])
 
     def _drop_latents(self) -> None:
         needed = {m for constraint, members in self._groups if constraint.needs_latent for m in members}

@@ -6,7 +6,7 @@ A method of your own: add a row.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hf_compress import PruningCallback
+from hf_compress import PruningCallback, QuantizationCallback
 from hf_compress.callbacks.rigl import RigLCallback
 
 SPARSITY = 0.5
@@ -22,6 +22,8 @@ class Method:
     """Where the sparsity holds: the "model", each "weight", each "row", or each group of "4"."""
     experts: bool = True
     """Whether it works on stacked experts."""
+    bits: int | None = None
+    """Those of the weights in the end, for methods that quantize; they set no zeros."""
 
 
 def pruning(name, *, by="model", experts=True, pattern="unstructured", **settings):
@@ -31,6 +33,13 @@ def pruning(name, *, by="model", experts=True, pattern="unstructured", **setting
         return PruningCallback(sparsity, pattern=pattern, interval=2, end=8, **settings)
 
     return Method(name, make, pattern, by, experts)
+
+
+def quantization(name, bits, **settings):
+    def make():
+        return QuantizationCallback(bits, interval=2, end=8, **settings)
+
+    return Method(name, make, by="grid", bits=min([bits] if isinstance(bits, int) else bits))
 
 
 METHODS = [
@@ -49,4 +58,10 @@ METHODS = [
     ),
     pruning("magnitude of rows", pattern="row", score="magnitude"),
     Method("RigL", lambda: RigLCallback(SPARSITY, fraction=0.3, interval=2, end=8), by="weight"),
+    quantization("4 bit, MSE", 4),
+    quantization(
+        "3 bit, best of all grids in affine groups", 3, group_size=16, grid="auto", symmetric=False
+    ),
+    quantization("8 to 4 bit, median", (8, 6, 4), grid="median", symmetric=False, start=2),
+    quantization("2 bit, absmax of tensors", 2, group_size="tensor", grid="absmax"),
 ]

@@ -25,6 +25,7 @@ from tiny import (
 )
 from transformers import Trainer, TrainingArguments
 
+from hf_compress.quantization.grids import fake_quantize, grouped
 from hf_compress.targets import find_targets
 
 STEPS = 12
@@ -87,6 +88,23 @@ def pairs(each):
     return chosen
 
 
+def check_target(model, method, callback):
+    """What was asked for is true of the weights."""
+    if method.bits is None:
+        check_zeros(model, method)
+    else:
+        check_grid(model, method.bits, callback)
+
+
+def check_grid(model, bits, callback):
+    """No group has more values than its bits can tell, and they are those of its grid."""
+    for name, target in find_targets(model).targets.items():
+        weight = target.param.detach()
+        groups = grouped(weight, input_dim=target.input_dim, group_size=callback.group_size)
+        assert all(len(group.unique()) <= 2**bits for group in groups.flatten(0, -2))
+        assert fake_quantize(groups, callback.grids[name]).equal(groups)
+
+
 def check_zeros(model, method):
     """Exactly as many zeros as asked, where they were asked."""
     targets = find_targets(model).targets.values()
@@ -124,8 +142,9 @@ def test_trains_hits_its_target_and_reloads_plain(tmp_path, method, name):
     run = trainer(tmp_path, method, name)
     dense = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     run.train()
+    callback = run.callback_handler.callbacks[-2]
     assert all(not torch.isnan(p).any() for p in run.model.parameters())
-    check_zeros(run.model, method)
+    check_target(run.model, method, callback)
     selection = find_targets(run.model)
     for n, param in run.model.named_parameters():
         if n not in selection.targets and dense[n].any():
@@ -133,7 +152,7 @@ def test_trains_hits_its_target_and_reloads_plain(tmp_path, method, name):
     assert not any(m._forward_pre_hooks for m in run.model.modules())
     run.save_model(str(tmp_path / "model"))
     plain = type(run.model).from_pretrained(tmp_path / "model").eval()
-    check_zeros(plain, method)
+    check_target(plain, method, callback)
     batch = next(iter(run.get_train_dataloader()))
     with torch.no_grad():
         assert plain(**batch).logits.equal(run.model.eval()(**batch).logits)
@@ -202,6 +221,9 @@ def test_experts_are_refused_where_their_inputs_are_needed(tmp_path, method):
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_describes_itself(method):
     described = json.loads(json.dumps(method.make().describe()))
-    assert described["sparsity"] == SPARSITY
+    if method.bits is None:
+        assert described["sparsity"] == SPARSITY
+    else:
+        assert described["bits"] in (method.bits, [8, 6, method.bits])
     assert described["method"]
     assert described["paper"].startswith("arXiv:")

@@ -63,7 +63,8 @@ class ZeroKeeper(TimedConstraint):
     def begin(self, members: Sequence[Member]) -> None:
         for member in members:
             if "mask" not in member:
-                member["mask"] = member.param != 0
+                # Not the parameter, which another constraint may have rounded to zero.
+                member["mask"] = member.latent != 0
                 continue
             if member["mask"].dtype != torch.bool:
                 member["mask"] = member["mask"] != 0

@@ -76,7 +76,7 @@ class RigL(ZeroKeeper):
                     "has, or more."
                 )
             self.pruned += count_kept(member["mask"]) - kept
-            (member["mask"],) = keep_highest(magnitude, [(member.param.detach(),)], kept)
+            (member["mask"],) = keep_highest(magnitude, [(member.latent.detach(),)], kept)
 
     def observe(self, members: Sequence[Member]) -> None:
         part = self._exchanged()

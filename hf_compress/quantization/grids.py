@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_compress.distributed import local, sum_over_shards
+
 # Clipping ratios of the searches: 48 of them, from all of the range down to 5 % of it.
 RATIOS = tuple(0.94**i for i in range(48))
 
@@ -105,9 +107,10 @@ def grouped(weight: Tensor, *, input_dim: int, group_size: GroupSize) -> Tensor:
     experts keep their first dimension. `group_size` divides the inputs: see `check_divides`.
     """
     if group_size == "tensor":
-        return weight.view(*weight.shape[:-2], 1, 1, -1)
+        return weight.view(*weight.shape[:-2], 1, 1, weight.shape[-2] * weight.shape[-1])
     dim = input_dim % weight.dim()
-    return weight.unflatten(dim, (-1, group_size or weight.shape[dim])).movedim(dim + 1, -1)
+    size = group_size or weight.shape[dim]
+    return weight.unflatten(dim, (weight.shape[dim] // size, size)).movedim(dim + 1, -1)
 
 
 def check_divides(name: str, weight: Tensor, *, input_dim: int, group_size: GroupSize) -> None:
@@ -124,7 +127,8 @@ def check_divides(name: str, weight: Tensor, *, input_dim: int, group_size: Grou
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raises ValueError where `weight` is not finite: it has no grid."""
-    if not weight.isfinite().all():
+    bad = local(weight).isfinite().logical_not_().sum()
+    if sum_over_shards([(bad, weight)]) > 0:
         raise ValueError(
             f"{name} holds weights that are not finite, which lie on no grid: load a model without."
         )
@@ -164,11 +168,20 @@ def fake_quantize(groups: Tensor, grid: Grid) -> Tensor:
     return _values(_codes(groups, grid), grid).to(grid.scale.dtype)
 
 
+def clipped(groups: Tensor, grid: Grid) -> Tensor:
+    """Which of the weights (..., members) lie beyond the nearest code: a bool mask."""
+    codes = _unbounded(groups, grid)
+    return (codes < grid.lowest).logical_or_(codes > grid.highest)
+
+
 def _codes(groups: Tensor, grid: Grid) -> Tensor:
+    return _unbounded(groups, grid).clamp_(grid.lowest, grid.highest)
+
+
+def _unbounded(groups: Tensor, grid: Grid) -> Tensor:
     codes = (groups.float() * (1.0 / grid.scale.float()).unsqueeze(-1)).round_()
     # Adding 0 makes -0 positive, as an integer would.
-    codes.add_(0.0 if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1))
-    return codes.clamp_(grid.lowest, grid.highest)
+    return codes.add_(0.0 if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1))
 
 
 def _values(codes: Tensor, grid: Grid) -> Tensor:

@@ -1,0 +1,165 @@
+"""Trains the weights of any Trainer on an integer grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from hf_compress.callbacks.constraining import ConstrainingCallback, check_resumed
+from hf_compress.distributed import local
+from hf_compress.quantization.grids import Grid, GroupSize, fake_quantize, grouped
+from hf_compress.quantization.plan import QuantizationPlan
+from hf_compress.quantization.quantizer import Quantizer
+from hf_compress.targets import Selection, Target, find_targets
+
+logger = logging.get_logger(__name__)
+
+
+class QuantizationCallback(ConstrainingCallback):
+    """Quantization-aware training inside an unmodified `Trainer`.
+
+    bits, group_size, grid, symmetric, start, end, interval: see
+        `hf_compress.quantization.quantizer.Quantizer`. From `end` on the grid is fixed.
+    targets, ignore: class names, module names or "re:" patterns, see
+        `hf_compress.targets.find_targets`. By default the Linear and Conv1D layers and experts of the
+        backbone; never embeddings, heads, norms, biases, adapters.
+
+    Logs `bits`, those of the targeted weights: of their dtype before `start`. From `start` on every
+    evaluation and every checkpoint sees weights of the grid, as floats that plain `from_pretrained`
+    loads; no checkpoint counts as the best before `end`. Resuming from a checkpoint gives the same
+    weights as never having stopped. With a `PruningCallback` on the same weights, in any order, what is
+    pruned stays zero.
+
+    After training `grids` tells the scale and zero point of each weight, by name.
+
+    Raises ValueError when made with a value out of range, and when training begins: for targets that
+    match nothing, a `group_size` that does not divide, weights that are not finite, a schedule that
+    cannot finish, a checkpoint without its state, FSDP1, DeepSpeed, layer-wise or schedule-free
+    optimizers, models packed by bitsandbytes or whose weights are frozen under adapters.
+    """
+
+    def __init__(
+        self,
+        bits: int | Sequence[int],
+        *,
+        group_size: GroupSize = None,
+        grid: str = "mse",
+        symmetric: bool = True,
+        start: int | float = 0.0,
+        end: int | float = 0.6,
+        interval: int | None = None,
+        targets: str | Sequence[str] | None = None,
+        ignore: str | Sequence[str] | None = None,
+    ) -> None:
+        self.bits = bits
+        self.group_size = group_size
+        self.grid = grid
+        self.symmetric = symmetric
+        self.start = start
+        self.end = end
+        self.interval = interval
+        self.targets = targets
+        self.ignore = ignore
+        self.grids: dict[str, Grid] = {}
+        self._selection = Selection()
+        # Wrong settings are told here rather than when the training begins.
+        self._quantizer = self._constraint({})
+
+    @property
+    def finished(self) -> bool:
+        return self._quantizer.finished
+
+    def measurements(self) -> dict[str, float]:
+        bits = self._quantizer.width
+        if bits is None:
+            widths = [8 * param.element_size() for param in self._selection.parameters.values()]
+            bits = max(widths, default=0)
+        return {"bits": bits}
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "method": "quantization-aware training",
+            "paper": "arXiv:1712.05877",
+            "bits": self.bits if isinstance(self.bits, int) else list(self.bits),
+            "group_size": self.group_size,
+            "grid": self.grid,
+            "symmetric": self.symmetric,
+            "start": self.start,
+            "end": self.end,
+            "interval": self.interval,
+            "quantized": {name: grid.bits for name, grid in self.grids.items()},
+            "skipped": self._selection.skipped,
+        }
+
+    def dry_run(self, model: Any) -> QuantizationPlan:
+        """What would be quantized, what not and why, and its size. Print it; nothing is changed.
+
+        Raises ValueError for targets that match nothing, that `group_size` does not divide or that are
+        not finite.
+        """
+        selection = find_targets(model, self.targets, self.ignore)
+        quantizer = self._constraint(selection.targets)
+        quantizer.check(selection.parameters)
+        return QuantizationPlan.of(model, selection, quantizer.scheme)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        self._quantizer.at(state.global_step + 1, state.max_steps)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: object,
+    ) -> None:
+        self.grids = self._quantizer.grids
+        self._detach()
+        astray = [name for name, grid in self.grids.items() if not self._lies_on(name, grid)]
+        if astray:
+            logger.warning(
+                f"{len(astray)} weights are not on the grid they were trained on, {astray[0]} among "
+                "them: something changed them after the last step."
+            )
+        if not self.finished:
+            bits = self._quantizer.bits[-1]
+            logger.warning(
+                f"the weights have {self.measurements()['bits']} bits, and their grid of {bits} is not "
+                f"final: training ended at step {state.global_step} of {state.max_steps}, before `end`."
+            )
+
+    def _lies_on(self, name: str, grid: Grid) -> bool:
+        target = self._selection.targets[name]
+        weight = local(target.param.detach())
+        groups = grouped(weight, input_dim=target.input_dim, group_size=self.group_size)
+        return fake_quantize(groups, grid).equal(groups)
+
+    def _constraint(self, targets: Mapping[str, Target]) -> Quantizer:
+        return Quantizer(
+            self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            grid=self.grid,
+            start=self.start,
+            end=self.end,
+            interval=self.interval,
+            targets=targets,
+        )
+
+    def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+        self._selection = find_targets(model, self.targets, self.ignore)
+        self._quantizer = quantizer = self._constraint(self._selection.targets)
+        quantizer.at(state.global_step, state.max_steps)
+        start, _ = quantizer.schedule.span(state.max_steps)
+        if state.global_step > start:
+            check_resumed(state, optimizer, self._selection.parameters, "this quantization")
+        self._constrain(optimizer, self._selection.parameters, quantizer)

@@ -1,0 +1,224 @@
+"""The constraint that keeps weights on an integer grid while they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_compress.constraint import Member, TimedConstraint
+from hf_compress.distributed import local, sum_over_shards
+from hf_compress.quantization.grids import (
+    Grid,
+    GroupSize,
+    Scheme,
+    check_divides,
+    check_finite,
+    clipped,
+    fake_quantize,
+    fit,
+    grouped,
+)
+from hf_compress.schedules import Schedule
+from hf_compress.targets import Target
+
+INTERVAL = 50
+
+
+class Quantizer(TimedConstraint):
+    """Training on integer grids (arXiv:1712.05877), to be attached by `constrain`.
+
+    bits: 2 to 8; or several, falling, such as (8, 6, 4): the first from `start` on, the last from `end`
+        on, and the others for equal times between.
+    group_size, symmetric, grid: see `hf_compress.quantization.grids.Scheme`.
+    start, end: optimizer steps (int) or fractions of the training (float in [0, 1]). Before `start` the
+        weights are free. From `end` on the grid is fixed, and the weights settle on it.
+    interval: optimizer steps between two fits of the grid to the latent weights; by default each step
+        for "absmax" and "minmax", and for the others 50, less where the time is so short that there
+        would be fewer than ten fits. The first weights on the grid, new bits and `end` are fitted too.
+    targets: where the input dimension of each weight lies, as `find_targets` tells.
+
+    From `start` on, the model and every checkpoint hold weights of the grid only; zero always belongs
+    to it. The gradient of a weight that the grid clips is masked; all others pass straight through.
+    The grid is fitted to what masks have left, and the result does not depend on which constraint was
+    attached first.
+
+    Memory for each weight: a latent copy; for each group a scale and, unless symmetric, a zero point.
+
+    Tell it the time before it is attached and before each step: `quantizer.at(step, max_steps)`, with
+    the number of optimizer steps taken when this one is done.
+
+    Raises ValueError for settings out of range, and when attached for weights that are not finite, that
+    `group_size` does not divide, whose groups FSDP2 shards cut, or that were not loaded on resuming.
+    """
+
+    order = 1
+    needs_latent = True
+
+    def __init__(
+        self,
+        bits: int | Sequence[int],
+        *,
+        group_size: GroupSize = None,
+        symmetric: bool = True,
+        grid: str = "mse",
+        start: int | float = 0.0,
+        end: int | float = 0.6,
+        interval: int | None = None,
+        targets: Mapping[str, Target] | None = None,
+    ) -> None:
+        self.bits = tuple(bits) if isinstance(bits, Sequence) else (bits,)
+        if not self.bits or any(a <= b for a, b in zip(self.bits, self.bits[1:], strict=False)):
+            raise ValueError(f"`bits` is {bits!r}: pass one width, or several that fall, as (8, 6, 4).")
+        for width in self.bits:
+            self.scheme = Scheme(bits=width, group_size=group_size, symmetric=symmetric, grid=grid)
+        if interval is not None and (type(interval) is not int or interval < 1):
+            raise ValueError(f"`interval` is {interval!r}: pass a number of steps, 1 or more.")
+        self.schedule = Schedule(final=len(self.bits) - 1, shape="linear", start=start, end=end)
+        self.interval = interval
+        self._targets = targets or {}
+        self._grids: dict[str, Grid] = {}
+        self._bits: int | None = None
+        self._due = True
+        self._finished = False
+
+    @property
+    def width(self) -> int | None:
+        """The bits of the weights now; None while they are free."""
+        return self._bits
+
+    @property
+    def finished(self) -> bool:
+        """Whether the weights lie on their last grid."""
+        return self._finished
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """The grids that the weights lie on now, by name; of sharded weights this rank's part."""
+        return dict(self._grids)
+
+    def check(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raises ValueError where one of `parameters` (by name) cannot be put on a grid."""
+        for name, param in parameters.items():
+            if name not in self._targets:
+                raise ValueError(
+                    f"the input dimension of {name} must be known: pass "
+                    "`targets=find_targets(model).targets`."
+                )
+            dim, size = self._targets[name].input_dim, self.scheme.group_size
+            check_divides(name, param, input_dim=dim, group_size=size)
+            _check_shards(name, param, input_dim=dim, group_size=size)
+            check_finite(name, param)
+
+    def begin(self, members: Sequence[Member]) -> None:
+        self._check_time()
+        start, end = self.schedule.span(self._max_steps)
+        self.check({member.name: member.param for member in members})
+        # Weights without a gradient have no state in a checkpoint.
+        restored = [member for member in members if "scale" in member]
+        if restored:
+            # Not from the schedule: the step of new bits may have been skipped by an fp16 overflow.
+            self._bits = int(restored[0]["bits"].item())
+            for member in restored:
+                self._grids[member.name] = self._restored(member)
+                self._check_on_grid(member)
+        elif self._step >= start:
+            self._bits = self._scheduled()
+        self._due = not restored
+        self._finished = not self._due and self._step >= end and self._bits == self.bits[-1]
+
+    def observe(self, members: Sequence[Member]) -> None:
+        if self._bits is not None:
+            for member in members:
+                grad = self._groups(member, cast(Tensor, member.param.grad))
+                latent = self._groups(member, member.latent)
+                grad.masked_fill_(clipped(latent, self._grids[member.name]), 0)
+
+    def update(self, members: Sequence[Member]) -> None:
+        self._check_time()
+        start, end = self.schedule.span(self._max_steps)
+        if self._step >= start:
+            bits = self._scheduled()
+            again = bits != self._bits or self._step >= end or self._fits(self._step - start)
+            self._due = again and not self._finished
+            self._bits, self._finished = bits, self._step >= end
+
+    def project_(self, members: Sequence[Member]) -> None:
+        # Here and not in `update`, since masks have been applied by now.
+        if self._bits is None:
+            return
+        for member in members:
+            weight = self._groups(member, member.param)
+            if self._due or member.name not in self._grids:
+                self._keep(member, fit(weight, replace(self.scheme, bits=self._bits)))
+            weight.copy_(fake_quantize(weight, self._grids[member.name]))
+
+    def _scheduled(self) -> int:
+        return self.bits[int(self.schedule.value(self._step, self._max_steps))]
+
+    def _fits(self, steps: int) -> bool:
+        """Whether a fit is due so many steps after the start."""
+        start, end = self.schedule.span(self._max_steps)
+        searched = min(INTERVAL, max((end - start) // 10, 1)) if self.scheme.searched else 1
+        return steps % (self.interval or searched) == 0
+
+    def _groups(self, member: Member, tensor: Tensor) -> Tensor:
+        """This rank's part of `tensor`, which lies as the weight does, as (*groups, members)."""
+        dim = self._targets[member.name].input_dim
+        return grouped(local(tensor), input_dim=dim, group_size=self.scheme.group_size)
+
+    def _restored(self, member: Member) -> Grid:
+        return Grid(
+            scale=local(member["scale"]),
+            zero_point=None if self.scheme.symmetric else local(member["zero_point"]),
+            bits=cast(int, self._bits),
+        )
+
+    def _keep(self, member: Member, grid: Grid) -> None:
+        self._grids[member.name] = grid
+        dim, size = self._targets[member.name].input_dim, self.scheme.group_size
+        whole = torch.empty(member.param.shape, device="meta")
+        shape = grouped(whole, input_dim=dim, group_size=size).shape[:-1]
+        member["scale"] = _placed(grid.scale, member.param, shape)
+        if grid.zero_point is not None:
+            member["zero_point"] = _placed(grid.zero_point, member.param, shape)
+        # Of the weight's dtype, as all that lives in the optimizer's state.
+        member["bits"] = grid.scale.new_tensor(grid.bits)
+
+    def _check_on_grid(self, member: Member) -> None:
+        weight = self._groups(member, member.param)
+        astray = fake_quantize(weight, self._grids[member.name]) != weight
+        if sum_over_shards([(astray.sum(), member.param)]) > 0:
+            raise ValueError(
+                f"{member.name} is not on the grid that the checkpoint's optimizer tells: its weights "
+                "were not loaded. Make the model by `from_pretrained(checkpoint)`, and resume then."
+            )
+
+
+def _check_shards(name: str, weight: Tensor, *, input_dim: int, group_size: GroupSize) -> None:
+    part = local(weight)
+    if group_size == "tensor":
+        cut = part.shape[-2:] != weight.shape[-2:]
+    else:
+        cut = part.shape[input_dim] % (group_size or weight.shape[input_dim]) != 0
+    # Summed over the ranks, so that all of them refuse.
+    if sum_over_shards([(torch.tensor(int(cut), device=part.device), weight)]) > 0:
+        raise ValueError(
+            f"the shards of {name} {tuple(weight.shape)} cut groups that share a scale: choose a "
+            "`group_size` that divides them, use DDP, or leave it out by `ignore`."
+        )
+
+
+def _placed(part: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """This rank's `part` of a tensor of `shape`, which has the dimensions of `weight`, placed as it."""
+    if not isinstance(weight, DTensor):
+        return part
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(
+        part, weight.device_mesh, weight.placements, run_check=False, shape=size, stride=stride
+    )
