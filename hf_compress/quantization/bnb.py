@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-# The names that transformers gives to task heads. "$" keeps a name from also meaning its children:
-# `decoder` is the head of ModernBERT and half of T5.
-HEADS = (
-    "lm_head",
-    "generator_lm_head",
-    "proj_out",
-    "embed_out",
-    "lm_loss",
-    "cls",
-    "predictions",
-    "generator_predictions",
-    "discriminator_predictions",
-    "lm_predictions",
-    "pred_layer",
-    "vocab_transform",
-    "vocab_projector",
-    "head",
-    "decoder$",
-    "dense$",
-    "classifier",
-    "pre_classifier",
-    "classification_head",
-    "score",
-    "qa_outputs",
-    "qa_classifier",
-    "sequence_summary",
-    "logits_proj",
-    "output_projection",
-    "answer_head",
-    "projector",
-    "pooler",
+from hf_compress.quantization.guard import (
+    BLOCK,
+    guard_cpu_kernels_,
+    has_fused_kernel,
+    warn_once_about_casts,
 )
-_BLOCK = 64  # weights that share one scale in bitsandbytes' 4-bit format
+from hf_compress.quantization.heads import HEADS, head_layers, linear_layers
+
+logger = logging.getLogger(__name__)
+
+_HEAD = "head"
+_SKIPPED = "named in `skip`"
+_FRESH = "not in the checkpoint"
 
 
 def quantized(
@@ -62,130 +46,195 @@ def quantized(
 
     compute_dtype: of the 4-bit matrix products; by default bfloat16 or float16, whichever the GPU
         has, and float32 on CPU.
-    storage_dtype: what the 4-bit codes are stored as, uint8 by default. FSDP needs the dtype of the
-        other weights.
+    storage_dtype: what the 4-bit codes are stored as: uint8, and under FSDP `compute_dtype`. FSDP
+        shards float weights of one dtype only, so load the others in it too
+        (`from_pretrained(dtype=...)`), and the adapters (`get_peft_model(autocast_adapter_dtype=False)`
+        keeps PEFT from making them float32). It cannot shard LLM.int8.
     skip: names of the modules to keep in float, whole or their ending, by default the names of task
         heads (`HEADS`): an untrained head cannot be quantized, and a trained one must be trainable.
         `load_quantized` finds them in the model itself.
 
     On CPU a 4-bit model is safe to save and train only after `guard_cpu_kernels_`.
 
-    Raises ValueError for other `bits` or a dtype with 8 bits, ImportError without bitsandbytes.
+    Raises ValueError for other `bits`, a dtype with 8 bits or a `storage_dtype` that holds no codes,
+    ImportError without bitsandbytes.
     """
+    config = _settings(bits, compute_dtype, storage_dtype, skip)
+    if bits == 4 and _device().type == "cpu" and has_fused_kernel():
+        logger.warning(
+            "An evaluation on this CPU repacks 4-bit weights, so that they save, merge and train "
+            "wrongly: load with `load_quantized`, or call `guard_cpu_kernels_(model)` right after "
+            "from_pretrained."
+        )
+    return config
+
+
+def load_quantized(
+    model_id: str | PathLike[str],
+    bits: int,
+    auto_class: Any,
+    *,
+    config: PreTrainedConfig | None = None,
+    compute_dtype: torch.dtype | None = None,
+    storage_dtype: torch.dtype | None = None,
+    skip: Sequence[str] = (),
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained(model_id)` in 8 or 4 bit, on the device of this rank.
+
+    model_id: path or hub id of a float checkpoint. auto_class: `AutoModelForCausalLM` and the like.
+    config: instead of the checkpoint's, such as `AutoConfig.from_pretrained(model_id, num_labels=20)`.
+    compute_dtype, storage_dtype: as in `quantized`; what is not packed is loaded in the
+        `storage_dtype`, unless that is uint8.
+    skip: more modules to keep in float: whole names, their ending, or a parent.
+
+    Kept in float: what the class has outside its backbone, output embeddings and what is tied to
+    them, layers that the checkpoint lacks (there is nothing to quantize yet), and in 4 bit on CPU,
+    where the kernel may be wrong for them, layers whose input size is no multiple of 64. The log says
+    which and why. The CPU's kernels are guarded (`guard_cpu_kernels_`).
+
+    Raises ValueError for other `bits`, for a checkpoint that is quantized already, when an entry of
+    `skip` matches no layer and when nothing is left to quantize; TypeError for a model instead of its
+    path, and for a class that loads none.
+    """
+    _check_types(model_id, auto_class)
+    settings = _settings(bits, compute_dtype, storage_dtype, skip)
+    config = AutoConfig.from_pretrained(model_id) if config is None else config
+    if hasattr(config, "quantization_config"):
+        raise ValueError(
+            f"{str(model_id)!r} is quantized already: load it with "
+            f"{auto_class.__name__}.from_pretrained, and on CPU call `guard_cpu_kernels_` on it."
+        )
+    with torch.device("meta"):
+        skeleton = auto_class.from_config(config)
+    layers = dict(linear_layers(skeleton))
+    kept = _kept_in_float(skeleton, layers, bits, skip)
+    storage = getattr(settings, "bnb_4bit_quant_storage", torch.uint8)
+    while True:
+        if len(kept) == len(layers):
+            raise ValueError(
+                f"{str(model_id)!r} has no layer to load in {bits} bit. In float: {_listed(kept)}."
+            )
+        settings.llm_int8_skip_modules = sorted(kept)
+        model, info = auto_class.from_pretrained(
+            model_id,
+            config=config,
+            quantization_config=settings,
+            device_map={"": _device()},
+            dtype=storage if storage.is_floating_point else "auto",
+            output_loading_info=True,
+        )
+        missing = {name.rpartition(".")[0] for name in info["missing_keys"]}
+        fresh = missing.intersection(layers).difference(kept)
+        if not fresh:
+            break
+        # Left as they are, they hold no numbers that the quantized kernels could read.
+        kept.update(dict.fromkeys(fresh, _FRESH))
+    logger.log(
+        logging.INFO if set(kept.values()) <= {_HEAD, _SKIPPED} else logging.WARNING,
+        "%s: %d of %d linear layers in %d bit; in float: %s.",
+        model_id,
+        len(layers) - len(kept),
+        len(layers),
+        bits,
+        _listed(kept) or "none",
+    )
+    return guard_cpu_kernels_(model)
+
+
+def _check_types(model_id: Any, auto_class: Any) -> None:
+    if not isinstance(model_id, (str, PathLike)):
+        raise TypeError(
+            f"`model_id` is a {type(model_id).__name__}: pass the path or hub id of its checkpoint. A "
+            "model in memory goes through `save_pretrained` first."
+        )
+    if not (inspect.isclass(auto_class) and hasattr(auto_class, "from_pretrained")):
+        raise TypeError(
+            f"`auto_class` must be a class such as AutoModelForCausalLM, got {auto_class!r}."
+        )
+
+
+def _settings(
+    bits: int,
+    compute_dtype: torch.dtype | None,
+    storage_dtype: torch.dtype | None,
+    skip: Sequence[str] | None,
+) -> BitsAndBytesConfig:
     if type(bits) is not int or bits not in (4, 8):
         raise ValueError(f"`bits` must be 4 or 8, got {bits!r}: bitsandbytes has no other formats.")
     if isinstance(skip, str):
-        raise ValueError(f"`skip` must be a list of module names, got the string {skip!r}.")
-    _require_bitsandbytes()
+        raise ValueError(
+            f"`skip` must be a list of module names, got the string {skip!r}: pass [{skip!r}]."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            'Quantized loading needs bitsandbytes: pip install "hf-compress[quantization]"'
+        )
     _device()
-    skip = list(HEADS if skip is None else skip)
+    names = list(HEADS if skip is None else skip)
     if bits == 8:
         if compute_dtype is not None or storage_dtype is not None:
             raise ValueError(
                 "`compute_dtype` and `storage_dtype` are for 4 bits: LLM.int8 multiplies in int8 and "
                 "stores int8. Leave them out."
             )
-        _warn_once_about_casts()
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        warn_once_about_casts()
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=names)
+    for argument, dtype in (("compute_dtype", compute_dtype), ("storage_dtype", storage_dtype)):
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16) and (
+            argument != "storage_dtype" or dtype != torch.uint8
+        ):
+            raise ValueError(
+                f"`{argument}` must be torch.float32, bfloat16 or float16"
+                f"{', or uint8' if argument == 'storage_dtype' else ''}, got {dtype!r}."
+            )
+    compute_dtype = compute_dtype or _compute_dtype()
+    if storage_dtype is None:
+        storage_dtype = compute_dtype if parse_flag_from_env("ACCELERATE_USE_FSDP") else torch.uint8
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype or _compute_dtype(),
-        bnb_4bit_quant_storage=storage_dtype or torch.uint8,
-        llm_int8_skip_modules=skip,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=storage_dtype,
+        llm_int8_skip_modules=names,
     )
 
 
-def load_quantized(
-    model_id: str,
+def _kept_in_float(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Linear | Conv1D],
     bits: int,
-    auto_class: Any,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    skip: Sequence[str] = (),
-) -> PreTrainedModel:
-    """`auto_class.from_pretrained(model_id)` in 8 or 4 bit, on the device of this rank.
-
-    model_id: path or hub id of a float checkpoint. auto_class: `AutoModelForCausalLM` and the like.
-    skip: more modules to keep in float.
-
-    Kept in float: what the class has outside its backbone, output embeddings and what is tied to
-    them, layers that the checkpoint lacks (there is nothing to quantize yet), and in 4 bit on CPU,
-    where the kernel is wrong for them, layers whose input size is no multiple of 64.
-
-    Raises ValueError for other `bits`, for a checkpoint that is quantized already, and when nothing
-    is left to quantize.
-    """
-    config = AutoConfig.from_pretrained(model_id)
-    if hasattr(config, "quantization_config"):
-        raise ValueError(
-            f"{model_id!r} is quantized already: load it with {auto_class.__name__}.from_pretrained, "
-            "and on CPU call `guard_cpu_kernels_` on it."
-        )
-    settings = quantized(bits, compute_dtype=compute_dtype)
-    with torch.device("meta"):
-        skeleton = auto_class.from_config(config)
-    kept = {*skip, *head_layers(skeleton)}
+    skip: Sequence[str],
+) -> dict[str, str]:
+    """The reason for each layer that is known before the checkpoint is read, by its name."""
+    kept = {}
     if bits == 4 and _device().type == "cpu":
-        kept |= {name for name, layer in _layers(skeleton) if _in_features(layer) % _BLOCK}
-    if all(name in kept for name, _ in _layers(skeleton)):
-        raise ValueError(
-            f"{model_id!r} has no layer to load in {bits} bit: all are heads, named in `skip`, or, in "
-            f"4 bit on CPU, have an input size that is no multiple of {_BLOCK}."
-        )
-    while True:
-        settings.llm_int8_skip_modules = sorted(kept)
-        model, info = auto_class.from_pretrained(
-            model_id,
-            quantization_config=settings,
-            device_map={"": _device()},
-            output_loading_info=True,
-        )
-        missing = {name.rpartition(".")[0] for name in info["missing_keys"]}
-        fresh = {name for name, _ in _layers(skeleton) if name in missing} - kept
-        if not fresh:
-            return guard_cpu_kernels_(model)
-        # Left as they are, they hold no numbers that the quantized kernels could read.
-        kept |= fresh
+        for name, layer in layers.items():
+            size = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+            if size % BLOCK:
+                kept[name] = f"input size {size} is no multiple of {BLOCK}"
+    for entry in skip:
+        named = [name for name in layers if not should_convert_module(name, [entry])]
+        if not named:
+            raise ValueError(
+                f"`skip` entry {entry!r} matches none of the {len(layers)} linear layers of "
+                f"{type(model).__name__}: pass whole names, endings or parents of names such as "
+                f"{next(iter(layers), None)!r}."
+            )
+        kept.update(dict.fromkeys(named, _SKIPPED))
+    kept.update(dict.fromkeys(head_layers(model), _HEAD))
+    return kept
 
 
-def head_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers of `model` outside its backbone, of its output, and tied ones."""
-    backbone = set(model.base_model.modules())
-    output = model.get_output_embeddings()
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return [
-        name
-        for name, layer in _layers(model)
-        # Some classes, T5ForQuestionAnswering among them, are their own backbone.
-        if layer not in backbone or "." not in name or layer is output or id(layer.weight) in embedded
-    ]
-
-
-def guard_cpu_kernels_(model: nn.Module) -> Any:
-    """Keeps the 4-bit layers of `model` off bitsandbytes' fused CPU kernel; returns `model`.
-
-    On a CPU with AVX512-BF16 the first evaluation would repack their weights in place. From then on
-    they save, dequantize and merge to wrong numbers, and give no gradient to what is below them.
-    This costs the speed of that kernel. Elsewhere nothing changes.
-
-    The effects were seen with bitsandbytes 0.50; the tests of this package check that the layers stay
-    unpacked, and see the kernel itself only on such a CPU.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def _require_bitsandbytes() -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            'Quantized loading needs bitsandbytes: pip install "hf-compress[quantization]"'
-        )
+def _listed(kept: Mapping[str, str]) -> str:
+    """The layers by their reasons, in one line."""
+    names: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''} ({reason})"
+        for reason, found in names.items()
+    )
 
 
 def _device() -> torch.device:
@@ -200,35 +249,3 @@ def _compute_dtype() -> torch.dtype:
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            yield name, module
-
-
-def _in_features(layer: nn.Linear | Conv1D) -> int:
-    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
-
-
-class _Once(logging.Filter):
-    """Lets each message through once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        new = message not in self._seen
-        self._seen.add(message)
-        return new
-
-
-_ONCE = _Once()
-
-
-def _warn_once_about_casts() -> None:
-    # It warns that activations are cast to fp16 in every layer at every call.
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
