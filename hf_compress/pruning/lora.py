@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_peft_available
+
+from hf_compress.quantization.guard import guard_cpu_kernels_
+from hf_compress.quantization.merging import check_peft, dequantize_, is_bitsandbytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,9 +42,9 @@ def merge_under_mask_(model: PeftModel, pattern: Mapping[str, Tensor] | None = N
     `weight += (weight != 0) * delta`: no zero is lost, and what the LoRA learnt at the zeros is.
     Evaluate the model again after it.
 
-    A base in 8 or 4 bit (bitsandbytes) becomes float first, in the dtype of its config. Zeros survive
-    both formats exactly; but weights close to zero become zero in them, a tenth of them in 4 bit, and
-    without `pattern` those stay zero too.
+    A base in 8 or 4 bit (bitsandbytes) becomes float first, in the dtype of its other weights. Zeros
+    survive both formats exactly; but weights close to zero become zero in them, a tenth of them in
+    4 bit, and without `pattern` those stay zero too.
 
     pattern: tensors by name whose zeros are the ones to keep, by default the base's own: the state
         dict or the file of the sparse model as it was before it was quantized.
@@ -54,37 +56,27 @@ def merge_under_mask_(model: PeftModel, pattern: Mapping[str, Tensor] | None = N
     layers, for ones that are merged already, for a base in another quantized format, for a float one
     without zeros, and for a `pattern` that lacks a weight. Nothing is changed then.
     """
-    _check_peft(model)
+    check_peft(model)
     layers = _lora_layers(model)
     base: Any = model.get_base_model()
     quantized = _check_base(base, layers)
     if pattern is not None:
         _check_pattern(pattern, layers)
     base = model.unload()
-    conv1d: set[str] = set()
     if quantized:
-        conv1d = {name for name, module in base.named_modules() if _was_conv1d(module)}
-        base = base.dequantize()
-    for name in conv1d:
-        base.set_submodule(name, _conv1d(base.get_submodule(name)))
+        base = dequantize_(base)
     zeros = {}
     for name, layer in layers.items():
-        weight = base.get_submodule(name).weight
+        owner = base.get_submodule(name)
+        weight = owner.weight
         delta = sum(layer.get_delta_weight(adapter) for adapter in _active(layer))
+        if quantized and isinstance(owner, Conv1D):
+            delta = delta.T  # PEFT saw the packed layer, which lies as a Linear does
         kept = weight != 0 if pattern is None else pattern[f"{name}.weight"].to(weight.device) != 0
         before = int((weight == 0).sum())
-        weight.copy_((weight + (delta.T if name in conv1d else delta)).masked_fill_(~kept, 0))
+        weight.copy_((weight + delta).masked_fill_(~kept, 0))
         zeros[f"{name}.weight"] = (before, int((weight == 0).sum()))
     return Merged(base, zeros)
-
-
-def _check_peft(model: Any) -> None:
-    if is_peft_available():
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel):
-            return
-    raise TypeError(f"`model` is a {type(model).__name__}: pass the PeftModel that holds the LoRA.")
 
 
 def _lora_layers(model: PeftModel) -> dict[str, Any]:
@@ -116,10 +108,11 @@ def _lora_layers(model: PeftModel) -> dict[str, Any]:
 
 def _check_base(base: Any, layers: Mapping[str, Any]) -> bool:
     """Whether the base is quantized. Raises where it cannot be merged into."""
-    if hasattr(base.config, "quantization_config"):
-        if not isinstance(base.config.quantization_config, BitsAndBytesConfig):
-            raise ValueError("The base is quantized, and not by bitsandbytes: load it in float.")
+    if is_bitsandbytes(base):
+        guard_cpu_kernels_(base)
         return True
+    if hasattr(base.config, "quantization_config"):
+        raise ValueError("The base is quantized, and not by bitsandbytes: load it in float.")
     if all(layer.get_base_layer().weight.all() for layer in layers.values()):
         raise ValueError("The base has no zero under a LoRA: `merge_and_unload` does as well.")
     return False
@@ -137,18 +130,3 @@ def _check_pattern(pattern: Mapping[str, Tensor], layers: Mapping[str, Any]) -> 
 
 def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _was_conv1d(module: nn.Module) -> bool:
-    """Whether it was a Conv1D before bitsandbytes packed it, as transformers notes it down."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    return isinstance(module, (Linear4bit, Linear8bitLt)) and module.source_cls is Conv1D
-
-
-def _conv1d(linear: nn.Linear) -> Conv1D:
-    # `dequantize` gives a Linear, whose file a model with Conv1D reads transposed, or not at all.
-    layer = Conv1D(linear.out_features, linear.in_features)
-    layer.weight = nn.Parameter(linear.weight.T.contiguous())
-    layer.bias = nn.Parameter(linear.bias.detach())
-    return layer
