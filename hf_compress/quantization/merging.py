@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
+from hf_compress.distillation.teacher import snapshot
 from hf_compress.pruning.calibration import evaluating
 from hf_compress.quantization.guard import guard_cpu_kernels_
 
@@ -59,8 +59,8 @@ def merge_and_requantize(model: PeftModel, batches: Iterable[Batch]) -> Requanti
     Each packed weight of the copy becomes float, takes its LoRA and is packed again as it was. That
     rounds it anew, so `Requantized.drift` compares the logits before and after on `batches`, and
     `Requantized.learnt` says what the adapter had changed. `model` stays as it is; memory for a second
-    packed model is needed. The copy is in evaluation mode, holds what `modules_to_save` trained, saves
-    plainly, and loads with `from_pretrained`.
+    packed model is needed. The copy is frozen and in evaluation mode, holds what `modules_to_save`
+    trained, saves plainly, and loads with `from_pretrained`.
 
     Merged weights that are adapted and merged again are rounded at every merge: merge once, from
     the base that was trained on.
@@ -168,7 +168,7 @@ def _check_mergeable(model: PeftModel) -> None:
 
 
 def _merged_copy(model: PeftModel) -> PreTrainedModel:
-    copied = copy.deepcopy(model).eval()
+    copied: Any = snapshot(model)
     with warnings.catch_warnings():
         # That rounding may change what is generated is what `Drift` measures.
         warnings.filterwarnings("ignore", "(?i)merge lora module to", UserWarning)

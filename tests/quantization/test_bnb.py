@@ -3,7 +3,8 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
 from torch import nn
 from transformers import (
@@ -253,6 +254,14 @@ def test_lora_trains_on_a_packed_base(make, bits, tmp_path):
         elif "lora_B" in name:
             assert parameter.abs().sum() > 0
 
+    trained = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = load_quantized(tmp_path / "float", bits, auto_class)
+    untrained = logits(again)
+    again = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), trained, rtol=1e-3, atol=1e-3)
+    assert (trained - untrained).abs().max() > 0.1
+
 
 @pytest.mark.parametrize("bits", [3, 16, 0, -4, 4.0, True, "8", None])
 def test_other_bits_are_refused(bits):
@@ -339,6 +348,36 @@ def test_eight_bit_says_once_that_it_casts(caplog, tmp_path):
         logits(loaded)
     casts = [record for record in caplog.records if "will be cast" in record.getMessage()]
     assert len(casts) <= 1
+
+
+@pytest.mark.skipif(not ON_CPU, reason="the kernel is the CPU's")
+def test_packed_rows_that_this_cpu_decodes_wrongly_are_refused(tmp_path):
+    """48 inputs are packed by a user's own settings: right on some CPUs, and wrong with AVX512."""
+    model = tiny_bert(hidden=48, layers=1)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=quantized(4)
+    )
+    name = "bert.encoder.layer.0.intermediate.dense"
+    packed = loaded.get_submodule(name).weight
+    weight = model.get_submodule(name).weight
+    error = bnb.functional.dequantize_4bit(packed.data, packed.quant_state) - weight
+    if error.norm() > 0.15 * weight.norm():
+        with pytest.raises(ValueError, match="decodes .* layers wrongly"):
+            guard_cpu_kernels_(loaded)
+    else:
+        expected = logits(model)
+        assert (logits(guard_cpu_kernels_(loaded)) - expected).norm() < 0.3 * expected.norm()
+
+
+@pytest.mark.gpu
+@BITS
+def test_a_rank_loads_onto_its_own_gpu(bits, tmp_path):
+    auto_class, model = language_model()
+    model.save_pretrained(tmp_path)
+    loaded = load_quantized(tmp_path, bits, auto_class)
+    assert {parameter.device for parameter in loaded.parameters()} == {PartialState().device}
+    assert logits(loaded).isfinite().all()
 
 
 def test_four_bit_settings_survive_a_save():

@@ -144,6 +144,15 @@ def test_an_adapter_that_learnt_nothing_is_said_to_have(tmp_path):
     assert result.drift.mean < 0.01  # the second rounding finds almost the same codes
 
 
+def test_a_forward_that_others_have_wrapped_is_not_taken_for_the_copys(tmp_path):
+    """As trl and mixed precision do it: the copy of a closure would run the original."""
+    model = with_lora(base_of("llama", 4, tmp_path))
+    plain = numbers(merge_and_requantize(model, BATCHES).drift)
+    base, forward = model.base_model.model, model.base_model.model.forward
+    base.forward = lambda **inputs: forward(**inputs)
+    assert numbers(merge_and_requantize(model, BATCHES).drift) == pytest.approx(plain, rel=1e-4)
+
+
 def test_an_adapter_loaded_for_inference_stays_frozen(tmp_path):
     base = base_of("llama", 4, tmp_path / "float")
     with_lora(base).save_pretrained(tmp_path / "adapter")
