@@ -124,13 +124,18 @@ class MaskingCallback(ConstrainingCallback):
         due = sum(mask.due for mask in self._masks)
         if zeros < due:
             logger.warning(
-                f"the model is {zeros / total:.4f} sparse, not {due / total:.4f} as asked: training "
-                f"ended at step {state.global_step} of {state.max_steps}, before the schedule did."
+                f"the model is {zeros / total:.4f} sparse, not {due / total:.4f} as asked: "
+                f"{self._why_unfinished(state)}."
             )
 
     def _time(self, state: TrainerState, step: int) -> int:
         """The time that the constraints are told at optimizer step `step`."""
         return step
+
+    def _why_unfinished(self, state: TrainerState) -> str:
+        return (
+            f"training ended at step {state.global_step} of {state.max_steps}, before the schedule did"
+        )
 
     def _check_resumed(
         self,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from hf_compress.callbacks.constraining import check_resumed
 from hf_compress.callbacks.masking import MaskingCallback
@@ -17,6 +18,8 @@ from hf_compress.pruning.ranking import Scope
 from hf_compress.pruning.scores import Score, find_score
 from hf_compress.schedules import Clock, Drop, Shape, clock_of
 from hf_compress.targets import Target
+
+logger = logging.get_logger(__name__)
 
 
 class PruningCallback(MaskingCallback):
@@ -150,6 +153,26 @@ class PruningCallback(MaskingCallback):
                     _check_logged(drop, state)
             self._clock = clock_of(state.log_history, hold=self.hold_when, back=self.step_back_when)
         return self._clock.at(step)
+
+    def _why_unfinished(self, state: TrainerState) -> str:
+        lost = state.global_step - self._clock.at(state.global_step)
+        if lost == 0:
+            return super()._why_unfinished(state)
+        drops = " and ".join(drop.name for drop in (self.hold_when, self.step_back_when) if drop)
+        return (
+            f"drops of {drops} took {lost} of {state.global_step} steps from its schedule. Train for "
+            "longer, accept a larger drop, or ask for less"
+        )
+
+    def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+        super()._attach(state, model, optimizer)
+        for pruner in cast(list[Pruner], self._masks):
+            if state.global_step == 0 and pruner.sparsity > pruner.schedule.final:
+                logger.warning(
+                    f"the weights are {pruner.sparsity:.4f} sparse already, more than the "
+                    f"{pruner.schedule.final:.4f} asked, and zeros stay: begin with the dense model "
+                    "to prune less."
+                )
 
     def _check_resumed(
         self,

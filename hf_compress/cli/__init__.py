@@ -10,14 +10,15 @@ def main() -> None:
     from hf_compress.cli import compress, oneshot, quickstart, structure
 
     commands = {
-        "compress": compress.main,
-        "oneshot": oneshot.main,
-        "structure": structure.main,
-        "quickstart": quickstart.main,
+        "compress": compress,
+        "oneshot": oneshot,
+        "structure": structure,
+        "quickstart": quickstart,
     }
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:
-        raise SystemExit(
-            f"usage: hf-compress {{{','.join(commands)}}} [--config recipe.yaml] [--flag value]"
-        )
-    commands[name](sys.argv[2:])
+        lines = [f"usage: hf-compress {{{','.join(commands)}}} [--config recipe.yaml] [--flag value]"]
+        for command, module in commands.items():
+            lines.append(f"  {command:12}{(module.__doc__ or '').partition(':')[0].splitlines()[0]}")
+        raise SystemExit("\n".join([*lines, "`hf-compress COMMAND --help` lists its flags."]))
+    commands[name].main(sys.argv[2:])

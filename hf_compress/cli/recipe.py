@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import fields
@@ -16,19 +17,27 @@ def parse(argv: list[str], *kinds: type) -> tuple[Any, ...]:
     """One filled instance of each dataclass in `kinds`, from `--config recipe.yaml` and flags; a flag
     wins over the recipe.
 
-    Raises ValueError for a recipe that is not there, is broken yaml, or has unknown keys; wrong types
-    and missing flags end the program with the usual message of argparse.
+    Raises ValueError for an unknown flag, and for a recipe that is not there, is broken yaml, or has
+    unknown keys; wrong types and missing flags end the program with the usual message of argparse.
     """
+    known = {field.name for kind in kinds for field in fields(kind)}
     flags = list(argv)
     recipe: list[str] = []
     if "--config" in flags:
         place = flags.index("--config")
         if place + 1 == len(flags):
             raise ValueError("--config wants the path of a recipe.")
-        recipe = _read_recipe(Path(flags[place + 1]), {f.name for kind in kinds for f in fields(kind)})
+        recipe = _read_recipe(Path(flags[place + 1]), known)
         del flags[place : place + 2]
     parser = HfArgumentParser(kinds)  # type: ignore[arg-type]
-    return parser.parse_args_into_dataclasses([*recipe, *flags])
+    *filled, unknown = parser.parse_args_into_dataclasses(
+        [*recipe, *flags], return_remaining_strings=True
+    )
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-"), known, n=3)
+        names = f"near names: {', '.join(near)}" if near else "`--help` lists the known ones"
+        raise ValueError(f"{unknown[0]!r} is no flag of this command; {names}.")
+    return tuple(filled)
 
 
 class _Loader(yaml.SafeLoader):

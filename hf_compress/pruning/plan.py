@@ -42,7 +42,7 @@ class Plan:
         reasons = Counter(self.skipped.values())
         return "\n".join(
             [
-                f"pruned: {len(self.pruned)} weights (sparsity of a global ranking: on average)",
+                f"pruned: {len(self.pruned)} weights, to (ranked together: on average) a sparsity of",
                 *rows,
                 f"left dense: {len(self.skipped)} weights",
                 *(f"  {count} x {reason}" for reason, count in reasons.most_common()),

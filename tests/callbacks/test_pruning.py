@@ -186,6 +186,17 @@ def test_ending_before_the_schedule_is_told(tmp_path, caplog):
     assert "not 0.8000 as asked: training ended at step 5 of 20" in caplog.text
 
 
+def test_a_model_that_is_sparser_already_is_told(tmp_path, caplog):
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_propagation()
+    sparse = trainer(tmp_path, PruningCallback(0.8))
+    sparse.train()
+    assert "already" not in caplog.text
+    trainer(tmp_path, PruningCallback(0.5), model=sparse.model).train()
+    assert "the weights are 0.8000 sparse already, more than the 0.5000 asked" in caplog.text
+
+
 def test_a_second_training_starts_anew_and_keeps_its_zeros(tmp_path):
     callback = PruningCallback(0.5, interval=2)
     run = trainer(tmp_path, callback)

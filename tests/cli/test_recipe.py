@@ -40,6 +40,19 @@ def test_bad_recipes_are_refused(tmp_path, recipe, message):
         parse(["--config", str(tmp_path / "r.yaml")], *KINDS)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sparsty", "0.5"], "'--sparsty' is no flag.*near names: sparsity"),
+        (["--qqq"], "'--qqq' is no flag.*`--help` lists"),
+        (["0.5"], "'0.5' is no flag"),
+    ],
+)
+def test_unknown_flags_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(["--model=m", "--dataset=d", "--output_dir=o", *words], *KINDS)
+
+
 @pytest.mark.parametrize("words", [["--config"], ["--config", "none.yaml"]])
 def test_a_missing_recipe(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
