@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from hf_compress.pruning.vocabulary.prune import prune_vocabulary
     from hf_compress.publishing.packed import load_packed, save_packed
     from hf_compress.publishing.publish import publish
-    from hf_compress.quantization.bnb import quantized
+    from hf_compress.quantization.analysis import analyse
+    from hf_compress.quantization.bnb import load_quantized, quantized
+    from hf_compress.quantization.guard import guard_cpu_kernels_
+    from hf_compress.quantization.merging import merge_and_requantize
     from hf_compress.schedules import Drop
     from hf_compress.targets import find_targets
 
@@ -42,9 +45,13 @@ _HOMES = {
     "QuantizationCallback": "hf_compress.callbacks.quantization",
     "RigLCallback": "hf_compress.callbacks.rigl",
     "StructuredPruningCallback": "hf_compress.callbacks.structured",
+    "analyse": "hf_compress.quantization.analysis",
     "constrain": "hf_compress.constraint",
     "find_targets": "hf_compress.targets",
+    "guard_cpu_kernels_": "hf_compress.quantization.guard",
     "load_packed": "hf_compress.publishing.packed",
+    "load_quantized": "hf_compress.quantization.bnb",
+    "merge_and_requantize": "hf_compress.quantization.merging",
     "merge_under_mask_": "hf_compress.pruning.lora",
     "prune_oneshot_": "hf_compress.pruning.oneshot.prune",
     "prune_structure": "hf_compress.pruning.structure.removal",
@@ -67,9 +74,13 @@ __all__ = [
     "QuantizationCallback",
     "RigLCallback",
     "StructuredPruningCallback",
+    "analyse",
     "constrain",
     "find_targets",
+    "guard_cpu_kernels_",
     "load_packed",
+    "load_quantized",
+    "merge_and_requantize",
     "merge_under_mask_",
     "prune_oneshot_",
     "prune_structure",

@@ -78,14 +78,18 @@ def names(tmp_path, monkeypatch):
         compute_metrics=score,
         callbacks=[PruningCallback(0.5)],
     )
-    tiny_llama(hidden=64).save_pretrained("org/model")
+    language_model = tiny_llama(hidden=64)
+    language_model.resize_token_embeddings(len(tokenizer))
+    language_model.save_pretrained("org/model")
     return {
         **{name: getattr(transformers, name) for name in GIVEN},
+        "LoraConfig": LoraConfig,
         "PruningCallback": PruningCallback,
         "args": args,
         "batches": batches,
         "data": data,
         "dense_model": classifier(tokenizer),
+        "get_peft_model": get_peft_model,
         "loader": list(batches * 2),
         "max_steps": 2 * len(batches),
         "model": model,
