@@ -1,0 +1,256 @@
+"""Export: what a process without this package loads is what was trained."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import classification_rows, language_rows, tiny_bert, tiny_gpt2, tiny_llama
+from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from hf_compress import PruningCallback, QuantizationCallback
+from hf_compress.quantization.export import save_quantized
+from hf_compress.quantization.grids import Grid, Scheme, fake_quantize, fit, grouped
+from hf_compress.targets import find_targets
+
+pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+
+INPUT = torch.arange(5, 29).view(2, 12)
+
+tied_llama = functools.partial(tiny_llama, tie_word_embeddings=True)
+
+CASES = {
+    "int8": (tiny_bert, {"bits": 8}),
+    # As wide as the narrower of its layers.
+    "int4 groups": (tiny_bert, {"bits": 4, "group_size": 32}),
+    "int3 tensor": (tiny_bert, {"bits": 3, "group_size": "tensor"}),
+    "int8 median": (tiny_bert, {"bits": 8, "symmetric": False, "grid": "median"}),
+    "int4 zero points": (tiny_bert, {"bits": 4, "group_size": 16, "symmetric": False}),
+    "int4 sparse": (tiny_bert, {"bits": 4}, 0.6),
+    "int2 untied": (tiny_llama, {"bits": 2, "group_size": 16}),
+    "int8 tied": (tied_llama, {"bits": 8}),
+}
+
+# For each folder what the model there holds after its first forward, with its logits.
+RELOAD = """
+import json, sys
+sys.modules["hf_compress"] = sys.modules["callbacks"] = None
+import torch, transformers
+from safetensors.torch import save_file
+
+torch.set_num_threads(int(sys.argv[1]))
+for folder in sys.argv[2:]:
+    kind = getattr(transformers, json.load(open(f"{folder}/config.json"))["architectures"][0])
+    dequantize = transformers.CompressedTensorsConfig(dequantize=True)
+    for name, settings in (("plain", {}), ("dequantized", {"quantization_config": dequantize})):
+        model = kind.from_pretrained(folder, **settings).eval()
+        with torch.no_grad():
+            logits = model(torch.arange(5, 29).view(2, 12)).logits
+        output, table = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = torch.tensor(output is not None and output.weight is table.weight)
+        tensors = {name: value.clone() for name, value in model.state_dict().items()}
+        save_file(tensors | {"logits": logits, "tied": tied}, f"{folder}/{name}.reloaded")
+"""
+
+
+def train(folder, make, settings, sparsity=None):
+    """The trained model, in evaluation mode, and its callback."""
+    model, callback = make(), QuantizationCallback(**settings)
+    rows = classification_rows if make is tiny_bert else language_rows
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=5,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    pruning = [] if sparsity is None else [PruningCallback(sparsity, interval=1, end=3)]
+    Trainer(model, arguments, train_dataset=rows(32), callbacks=[callback, *pruning]).train()
+    return model.eval(), callback
+
+
+@torch.no_grad()
+def rounded(model, bits=4, group_size=None):
+    """`model` on grids, in place and untrained, and the grids."""
+    scheme = Scheme(bits=bits, group_size=group_size, grid="minmax")
+    grids = {}
+    for name, target in find_targets(model).targets.items():
+        groups = grouped(target.param, input_dim=target.input_dim, group_size=group_size)
+        grids[name] = fit(groups, scheme)
+        groups.copy_(fake_quantize(groups, grids[name]))
+    return model.eval(), grids
+
+
+def tensor_bytes(folder):
+    """Of the file without its header, which grows with the number of tensors and not with theirs."""
+    file = folder / "model.safetensors"
+    return file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """For each case the model, its callback and its folder, reloaded without hf_compress."""
+    root = tmp_path_factory.mktemp("exported")
+    results = {}
+    for name, case in CASES.items():
+        model, callback = train(root / "training", *case)
+        save_quantized(model, root / name, grids=callback.grids)
+        results[name] = (model, callback, root / name)
+    folders = [str(folder) for *_, folder in results.values()]
+    command = [sys.executable, "-c", RELOAD, str(torch.get_num_threads()), *folders]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=root)
+    return results
+
+
+@pytest.mark.parametrize("loaded", ["plain", "dequantized"])
+@pytest.mark.parametrize("case", CASES)
+def test_loads_without_the_package_as_it_was_trained(exported, case, loaded):
+    model, _, folder = exported[case]
+    found = load_file(folder / f"{loaded}.reloaded")
+    with torch.no_grad():
+        logits = model(INPUT).logits
+    assert logits.equal(found["logits"])
+    assert logits.unique().numel() > 3
+    assert all(value.equal(found[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_file_holds_the_training_scales_and_is_as_small_as_planned(exported, case):
+    model, callback, folder = exported[case]
+    tensors = load_file(folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "compressed-tensors"
+    for name, grid in callback.grids.items():
+        layer = name.removesuffix(".weight")
+        scale = tensors[f"{layer}.weight_scale"]
+        assert scale.flatten().equal(grid.scale.flatten())
+        codes = "weight_packed" if callback.symmetric else "weight"
+        assert tensors[f"{layer}.{codes}"].dtype == (torch.int32 if callback.symmetric else torch.int8)
+    planned = callback.dry_run(model).packed_bytes
+    if callback.bits == 4 and not callback.symmetric:
+        # Not packed: each code of the weights and zero points takes a byte instead of half of one.
+        planned += sum(
+            (model.get_parameter(name).numel() + grid.scale.numel()) // 2
+            for name, grid in callback.grids.items()
+        )
+    assert tensor_bytes(folder) == pytest.approx(planned, rel=0.05)
+
+
+def test_tied_tables_stay_tied_and_are_saved_once(exported):
+    for case, tied in (("int8 tied", True), ("int2 untied", False)):
+        model, _, folder = exported[case]
+        assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
+        assert bool(load_file(folder / "plain.reloaded")["tied"]) is tied
+
+
+def test_zeros_stay_zeros(exported):
+    _, callback, folder = exported["int4 sparse"]
+    found = load_file(folder / "plain.reloaded")
+    weights = torch.cat([found[name].flatten() for name in callback.grids])
+    assert (weights == 0).float().mean() >= 0.6
+
+
+def test_bfloat16_is_exact_too(tmp_path):
+    model, grids = rounded(tiny_bert().to(torch.bfloat16), group_size=16)
+    save_quantized(model, tmp_path, grids=grids)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert loaded(INPUT).logits.equal(model(INPUT).logits)
+    assert all(loaded.get_parameter(name).equal(model.get_parameter(name)) for name in grids)
+
+
+def test_the_backbone_loads_alone(tmp_path):
+    model, grids = rounded(tiny_bert())
+    kept = "bert.encoder.layer.0.output.dense.weight"
+    del grids[kept]
+    save_quantized(model, tmp_path, grids=grids)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert loaded(INPUT).last_hidden_state.equal(model.bert(INPUT).last_hidden_state)
+
+
+def test_the_model_is_left_alone_and_a_loaded_one_is_not_saved_again(tmp_path):
+    model, grids = rounded(tiny_bert())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    save_quantized(model, tmp_path / "packed", grids=grids)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(value.equal(after[name]) for name, value in before.items())
+    assert not hasattr(model.config, "quantization_config")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
+    loaded(INPUT)
+    with pytest.raises(ValueError, match="quantized already: copy the folder"):
+        save_quantized(loaded, tmp_path / "again", grids=grids)
+    assert not (tmp_path / "again").exists()
+
+
+def test_dense_is_plain_save_pretrained(tmp_path):
+    model, grids = rounded(tiny_gpt2())
+    save_quantized(model, tmp_path / "ours", grids=grids, format="dense")
+    model.save_pretrained(tmp_path / "plain")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def moved(model, grids):
+    with torch.no_grad():
+        model.get_parameter(QUERY)[3, 3] += 1e-4
+    return model, grids
+
+
+def of_several_kinds(model, grids):
+    _, finer = rounded(tiny_bert(), bits=8)
+    return model, grids | {QUERY: finer[QUERY]}
+
+
+def of_another_shape(model, grids):
+    return model, grids | {QUERY: Grid(scale=torch.ones(8, 1), zero_point=None, bits=4)}
+
+
+def shared(model, grids):
+    one, other = (layer.attention.self for layer in model.bert.encoder.layer)
+    other.query.weight = one.query.weight
+    return model, grids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (moved, f"{QUERY} is not on its grid: something changed it"),
+        (of_several_kinds, "of 2 kinds .4 bits.*8 bits.*must be of one"),
+        (of_another_shape, r"query.weight is 32x32.*scales of shape \(8, 1\)"),
+        (shared, "query.weight is shared with another layer"),
+        (lambda model, grids: (model, {}), "`grids` is empty"),
+        (lambda model, grids: (model.bert, grids), "BertModel has no bert.encoder.*not a part"),
+        (lambda model, grids: rounded(tiny_gpt2()), "in a Conv1D.*Linear layers only: pass .format="),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path, change, message):
+    model, grids = change(*rounded(tiny_bert()))
+    with pytest.raises(ValueError, match=message):
+        save_quantized(model, tmp_path / "folder", grids=grids)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
+    model, grids = rounded(tiny_bert())
+    with pytest.raises(
+        ValueError, match="`format` is 'gguf'; allowed are 'compressed-tensors', 'dense'"
+    ):
+        save_quantized(model, tmp_path, grids=grids, format="gguf")
+    with pytest.raises(TypeError, match="is a Linear: pass the transformers model"):
+        save_quantized(model.classifier, tmp_path, grids=grids)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(ImportError, match=r'pip install "hf-compress\[quantization\]"'):
+        save_quantized(model, tmp_path, grids=grids)
+    assert not list(tmp_path.iterdir())
