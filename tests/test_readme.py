@@ -26,10 +26,10 @@ def classifier(tokenizer):
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
+            hidden_size=64,
             num_hidden_layers=4,
             num_attention_heads=4,
-            intermediate_size=64,
+            intermediate_size=128,
             max_position_embeddings=32,
             num_labels=3,
         )
@@ -78,9 +78,8 @@ def names(tmp_path, monkeypatch):
         compute_metrics=score,
         callbacks=[PruningCallback(0.5)],
     )
-    language_model = tiny_llama(hidden=64)
-    language_model.resize_token_embeddings(len(tokenizer))
-    language_model.save_pretrained("org/model")
+    tiny_llama(hidden=64).save_pretrained("org/model")
+    classifier(tokenizer).save_pretrained("org/classifier")
     return {
         **{name: getattr(transformers, name) for name in GIVEN},
         "LoraConfig": LoraConfig,
