@@ -51,7 +51,7 @@ _STATISTICS = ("median", "mean", "spread", "skew", "kurtosis", "outliers")
 _BINS = 100
 _DRAWN = 6
 # Weights on which grids are searched at once: they fit into a cache, and bound the memory.
-_AT_ONCE = 2**18
+_AT_ONCE = 2**19
 
 
 @dataclass(frozen=True, kw_only=True)
