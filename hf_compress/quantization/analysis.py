@@ -184,6 +184,7 @@ class WeightAnalysis:
                     axes.axvline(value, color=f"C{place}", linestyle=":")
                 axes.plot([], [], color=f"C{place}", linestyle=":", label=f"{bits} bit: {best}")
             axes.set_yscale("log")
+            axes.set_ylim(bottom=0.5)  # below a single weight, so that outliers are seen
             axes.set_title(name, fontsize=8)
             axes.legend(fontsize=7, loc="upper right")
         figure.supylabel("weights", fontsize=9)

@@ -205,12 +205,11 @@ def test_it_can_be_read_back(analysis, tmp_path):
                 assert float(row[f"error_{bits}_{grid.replace(' ', '_')}"]) == weight.errors[bits][grid]
 
 
-@pytest.mark.parametrize(("layers", "bits"), [(1, (3, 2)), (17, 2)])
-def test_pictures_show_something(layers, bits, tmp_path):
+def test_pictures_show_something(tmp_path):
     from matplotlib.image import imread
 
-    model = nn.Sequential(*(nn.Linear(4, 2) for _ in range(layers)))
-    analyse(model, bits=bits).draw(tmp_path / "pictures")
+    model = nn.Sequential(*(nn.Linear(4, 2) for _ in range(17)))
+    analyse(model, bits=2).draw(tmp_path / "pictures")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {ERRORS, HISTOGRAMS}
     for path in (tmp_path / "pictures").iterdir():
         assert imread(path)[..., :3].std() > 0.05
