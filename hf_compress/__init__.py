@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_compress.publishing.publish import publish
     from hf_compress.quantization.analysis import analyse
     from hf_compress.quantization.bnb import load_quantized, quantized
+    from hf_compress.quantization.export import save_quantized
     from hf_compress.quantization.guard import guard_cpu_kernels_
     from hf_compress.quantization.merging import merge_and_requantize
     from hf_compress.schedules import Drop
@@ -59,6 +60,7 @@ _HOMES = {
     "publish": "hf_compress.publishing.publish",
     "quantized": "hf_compress.quantization.bnb",
     "save_packed": "hf_compress.publishing.packed",
+    "save_quantized": "hf_compress.quantization.export",
     "scan_sensitivity": "hf_compress.pruning.sensitivity",
     "shrink": "hf_compress.pruning.structure.removal",
     "student_from_teacher": "hf_compress.distillation.layers",
@@ -88,6 +90,7 @@ __all__ = [
     "publish",
     "quantized",
     "save_packed",
+    "save_quantized",
     "scan_sensitivity",
     "shrink",
     "student_from_teacher",
