@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from hf_compress.callbacks.constraining import ConstrainingCallback, check_resumed
 from hf_compress.distributed import local
-from hf_compress.quantization.grids import Grid, GroupSize, fake_quantize, grouped
+from hf_compress.quantization.activations import InputQuantizer, check_inputs
+from hf_compress.quantization.grids import Grid, GroupSize, check_bits, fake_quantize, grouped
 from hf_compress.quantization.plan import QuantizationPlan
 from hf_compress.quantization.quantizer import Quantizer
 from hf_compress.targets import Selection, Target, find_targets
@@ -21,8 +22,10 @@ logger = logging.get_logger(__name__)
 class QuantizationCallback(ConstrainingCallback):
     """Quantization-aware training inside an unmodified `Trainer`.
 
-    bits, group_size, grid, symmetric, start, end, interval: see
+    bits, group_size, grid, symmetric, start, end, interval, learn_scale: see
         `hf_compress.quantization.quantizer.Quantizer`. From `end` on the grid is fixed.
+    activations: 8 (or 2 to 8) to train with the inputs of the targeted layers as integers of so many
+        bits too, from `start` on: see `hf_compress.quantization.activations.InputQuantizer`.
     targets, ignore: class names, module names or "re:" patterns, see
         `hf_compress.targets.find_targets`. By default the Linear and Conv1D layers and experts of the
         backbone; never embeddings, heads, norms, biases, adapters.
@@ -33,7 +36,8 @@ class QuantizationCallback(ConstrainingCallback):
     weights as never having stopped. With a `PruningCallback` on the same weights, in any order, what is
     pruned stays zero.
 
-    After training `grids` tells the scale and zero point of each weight, by name.
+    After training `grids` tells the scale and zero point of each weight, by name. The inputs of the
+    layers stay quantized, so that an evaluation still tells what was trained: `remove_hooks()` ends it.
 
     Raises ValueError when made with a value out of range, and when training begins: for targets that
     match nothing, a `group_size` that does not divide, weights that are not finite, a schedule that
@@ -51,6 +55,8 @@ class QuantizationCallback(ConstrainingCallback):
         start: int | float = 0.0,
         end: int | float = 0.6,
         interval: int | None = None,
+        learn_scale: bool = False,
+        activations: int | None = None,
         targets: str | Sequence[str] | None = None,
         ignore: str | Sequence[str] | None = None,
     ) -> None:
@@ -61,10 +67,15 @@ class QuantizationCallback(ConstrainingCallback):
         self.start = start
         self.end = end
         self.interval = interval
+        self.learn_scale = learn_scale
+        self.activations = activations
         self.targets = targets
         self.ignore = ignore
         self.grids: dict[str, Grid] = {}
         self._selection = Selection()
+        self._inputs: InputQuantizer | None = None
+        if activations is not None:
+            check_bits("activations", activations)
         # Wrong settings are told here rather than when the training begins.
         self._quantizer = self._constraint({})
 
@@ -82,7 +93,7 @@ class QuantizationCallback(ConstrainingCallback):
     def describe(self) -> dict[str, object]:
         return {
             "method": "quantization-aware training",
-            "paper": "arXiv:1712.05877",
+            "paper": "arXiv:1902.08153" if self.learn_scale else "arXiv:1712.05877",
             "bits": self.bits if isinstance(self.bits, int) else list(self.bits),
             "group_size": self.group_size,
             "grid": self.grid,
@@ -90,6 +101,8 @@ class QuantizationCallback(ConstrainingCallback):
             "start": self.start,
             "end": self.end,
             "interval": self.interval,
+            "learn_scale": self.learn_scale,
+            "activations": self.activations,
             "quantized": {name: grid.bits for name, grid in self.grids.items()},
             "skipped": self._selection.skipped,
         }
@@ -103,7 +116,26 @@ class QuantizationCallback(ConstrainingCallback):
         selection = find_targets(model, self.targets, self.ignore)
         quantizer = self._constraint(selection.targets)
         quantizer.check(selection.parameters)
+        if self.activations is not None:
+            check_inputs(selection.targets)
         return QuantizationPlan.of(model, selection, quantizer.scheme)
+
+    def remove_hooks(self) -> None:
+        """Let the layers see their inputs as they are again."""
+        if self._inputs is not None:
+            self._inputs.remove()
+            self._inputs = None
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if self._inputs is not None:
+            self._inputs.enabled = self._quantizer.width is not None
 
     def on_pre_optimizer_step(
         self,
@@ -152,14 +184,21 @@ class QuantizationCallback(ConstrainingCallback):
             start=self.start,
             end=self.end,
             interval=self.interval,
+            learn_scale=self.learn_scale,
             targets=targets,
         )
 
     def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+        self.remove_hooks()
         self._selection = find_targets(model, self.targets, self.ignore)
+        if self.activations is not None:
+            check_inputs(self._selection.targets)
         self._quantizer = quantizer = self._constraint(self._selection.targets)
         quantizer.at(state.global_step, state.max_steps)
         start, _ = quantizer.schedule.span(state.max_steps)
         if state.global_step > start:
             check_resumed(state, optimizer, self._selection.parameters, "this quantization")
         self._constrain(optimizer, self._selection.parameters, quantizer)
+        if self.activations is not None:
+            self._inputs = InputQuantizer(model, self._selection.targets, bits=self.activations)
+            self._inputs.enabled = quantizer.width is not None

@@ -64,4 +64,5 @@ METHODS = [
     ),
     quantization("8 to 4 bit, median", (8, 6, 4), grid="median", symmetric=False, start=2),
     quantization("2 bit, absmax of tensors", 2, group_size="tensor", grid="absmax"),
+    quantization("3 bit, learned scales", 3, group_size=8, learn_scale=True),
 ]

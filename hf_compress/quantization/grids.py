@@ -79,8 +79,7 @@ class Scheme:
     grid: str = "mse"
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or not 2 <= self.bits <= 8:
-            raise ValueError(f"`bits` is {self.bits!r}: pass a whole number from 2 to 8.")
+        check_bits("bits", self.bits)
         size = self.group_size
         if size not in (None, "tensor") and (type(size) is not int or size < 2):
             raise ValueError(
@@ -111,6 +110,12 @@ def grouped(weight: Tensor, *, input_dim: int, group_size: GroupSize) -> Tensor:
     dim = input_dim % weight.dim()
     size = group_size or weight.shape[dim]
     return weight.unflatten(dim, (weight.shape[dim] // size, size)).movedim(dim + 1, -1)
+
+
+def check_bits(setting: str, bits: object) -> None:
+    """Raises ValueError where `bits` is not a whole number from 2 to 8."""
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f"`{setting}` is {bits!r}: pass a whole number of bits from 2 to 8.")
 
 
 def check_divides(name: str, weight: Tensor, *, input_dim: int, group_size: GroupSize) -> None:

@@ -23,10 +23,12 @@ from hf_compress.quantization.grids import (
     fit,
     grouped,
 )
+from hf_compress.quantization.learned import learn_scale_, scale_gradient
 from hf_compress.schedules import Schedule
 from hf_compress.targets import Target
 
 INTERVAL = 50
+SCALE_RATE = 2e-3
 
 
 class Quantizer(TimedConstraint):
@@ -40,6 +42,9 @@ class Quantizer(TimedConstraint):
     interval: optimizer steps between two fits of the grid to the latent weights; by default each step
         for "absmax" and "minmax", and for the others 50, less where the time is so short that there
         would be fewer than ten fits. The first weights on the grid, new bits and `end` are fitted too.
+    learn_scale: whether the scales are trained too, from their first fit on until `end`, by steps of
+        about 0.2 % that shrink towards `end`: see `hf_compress.quantization.learned`. Only new bits are
+        fitted again then.
     targets: where the input dimension of each weight lies, as `find_targets` tells.
 
     From `start` on, the model and every checkpoint hold weights of the grid only; zero always belongs
@@ -47,13 +52,15 @@ class Quantizer(TimedConstraint):
     The grid is fitted to what masks have left, and the result does not depend on which constraint was
     attached first.
 
-    Memory for each weight: a latent copy; for each group a scale and, unless symmetric, a zero point.
+    Memory for each weight: a latent copy; for each group a scale, unless symmetric a zero point, and of
+    a learned scale two moments.
 
     Tell it the time before it is attached and before each step: `quantizer.at(step, max_steps)`, with
     the number of optimizer steps taken when this one is done.
 
     Raises ValueError for settings out of range, and when attached for weights that are not finite, that
-    `group_size` does not divide, whose groups FSDP2 shards cut, or that were not loaded on resuming.
+    `group_size` does not divide, whose groups FSDP2 shards cut, that were not loaded on resuming, or
+    whose dtype is too coarse to learn a scale in.
     """
 
     order = 1
@@ -69,6 +76,7 @@ class Quantizer(TimedConstraint):
         start: int | float = 0.0,
         end: int | float = 0.6,
         interval: int | None = None,
+        learn_scale: bool = False,
         targets: Mapping[str, Target] | None = None,
     ) -> None:
         self.bits = tuple(bits) if isinstance(bits, Sequence) else (bits,)
@@ -80,6 +88,7 @@ class Quantizer(TimedConstraint):
             raise ValueError(f"`interval` is {interval!r}: pass a number of steps, 1 or more.")
         self.schedule = Schedule(final=len(self.bits) - 1, shape="linear", start=start, end=end)
         self.interval = interval
+        self.learn_scale = learn_scale
         self._targets = targets or {}
         self._grids: dict[str, Grid] = {}
         self._bits: int | None = None
@@ -113,6 +122,11 @@ class Quantizer(TimedConstraint):
             check_divides(name, param, input_dim=dim, group_size=size)
             _check_shards(name, param, input_dim=dim, group_size=size)
             check_finite(name, param)
+            if self.learn_scale and param.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is {param.dtype}, too coarse to learn a scale in: train in float32, where "
+                    "`bf16=True` still computes in bfloat16; or leave `learn_scale` out."
+                )
 
     def begin(self, members: Sequence[Member]) -> None:
         self._check_time()
@@ -135,16 +149,19 @@ class Quantizer(TimedConstraint):
         if self._bits is not None:
             for member in members:
                 grad = self._groups(member, cast(Tensor, member.param.grad))
-                latent = self._groups(member, member.latent)
-                grad.masked_fill_(clipped(latent, self._grids[member.name]), 0)
+                latent, grid = self._groups(member, member.latent), self._grids[member.name]
+                if self.learn_scale and not self._finished:
+                    moments = local(member["scale_mean"]), local(member["scale_square"])
+                    learn_scale_(grid.scale, scale_gradient(latent, grad, grid), *moments, self._rate())
+                grad.masked_fill_(clipped(latent, grid), 0)
 
     def update(self, members: Sequence[Member]) -> None:
         self._check_time()
         start, end = self.schedule.span(self._max_steps)
         if self._step >= start:
             bits = self._scheduled()
-            again = bits != self._bits or self._step >= end or self._fits(self._step - start)
-            self._due = again and not self._finished
+            again = self._step >= end or self._fits(self._step - start)
+            self._due = bits != self._bits or again and not self._finished and not self.learn_scale
             self._bits, self._finished = bits, self._step >= end
 
     def project_(self, members: Sequence[Member]) -> None:
@@ -166,6 +183,11 @@ class Quantizer(TimedConstraint):
         searched = min(INTERVAL, max((end - start) // 10, 1)) if self.scheme.searched else 1
         return steps % (self.interval or searched) == 0
 
+    def _rate(self) -> float:
+        """Of the coming step of the scales: zero at `end`, so that the grid is at rest when fixed."""
+        start, end = self.schedule.span(self._max_steps)
+        return SCALE_RATE * max(end - self._step, 0) / max(end - start, 1)
+
     def _groups(self, member: Member, tensor: Tensor) -> Tensor:
         """This rank's part of `tensor`, which lies as the weight does, as (*groups, members)."""
         dim = self._targets[member.name].input_dim
@@ -186,6 +208,9 @@ class Quantizer(TimedConstraint):
         member["scale"] = _placed(grid.scale, member.param, shape)
         if grid.zero_point is not None:
             member["zero_point"] = _placed(grid.zero_point, member.param, shape)
+        if self.learn_scale:
+            for moment in ("scale_mean", "scale_square"):
+                member[moment] = _placed(torch.zeros_like(grid.scale), member.param, shape)
         # Of the weight's dtype, as all that lives in the optimizer's state.
         member["bits"] = grid.scale.new_tensor(grid.bits)
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from quantization.runs import STEPS, adamw, levels, network, quantizer, train, train_on_grid, weights
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -13,50 +14,6 @@ from hf_compress.pruning.pruner import Pruner
 from hf_compress.quantization.grids import Scheme, fake_quantize, fit, grouped
 from hf_compress.quantization.quantizer import Quantizer
 from hf_compress.targets import find_targets
-
-STEPS = 40
-
-
-def network(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).to(dtype)
-
-
-def quantizer(net, bits=4, *, done=0, total=STEPS, **settings):
-    made = Quantizer(bits, targets=find_targets(net).targets, **settings)
-    made.at(done, total)
-    return made
-
-
-def weights(net):
-    return find_targets(net).parameters
-
-
-def adamw(net):
-    return torch.optim.AdamW(net.parameters(), lr=1e-2)
-
-
-def train(net, optimizer, constraints, first=0, last=STEPS, total=STEPS):
-    for step in range(first, last):
-        x = torch.randn(64, 16, generator=torch.Generator().manual_seed(step)).to(net[0].weight.dtype)
-        optimizer.zero_grad()
-        (net(x) - 2 * x[:, :4]).square().mean().backward()
-        for constraint in constraints:
-            constraint.at(step + 1, total)
-        optimizer.step()
-
-
-def train_on_grid(net, made, **settings):
-    optimizer = adamw(net)
-    constrain(optimizer, weights(net), made)
-    train(net, optimizer, [made], **settings)
-    return optimizer
-
-
-def levels(net, group_size=None):
-    """The most distinct values in one group of any weight."""
-    groups = [grouped(w, input_dim=1, group_size=group_size) for w in weights(net).values()]
-    return max(len(group.unique()) for weight in groups for group in weight.flatten(0, -2))
 
 
 class Absmax4(torch.autograd.Function):
@@ -212,8 +169,12 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", OPTIMIZERS)
 @pytest.mark.parametrize("stop", [7, 22])
-@pytest.mark.parametrize("pruning", [False, True])
-def test_resume_is_bit_equal(make, dtype, stop, pruning):
+@pytest.mark.parametrize("extra", ["nothing", "pruning", "learned scales"])
+def test_resume_is_bit_equal(make, dtype, stop, extra):
+    learned = extra == "learned scales"
+    if learned and dtype != torch.float32:
+        pytest.skip("scales are learned in float32")
+
     def start(done=0, saved=None):
         net = network(dtype)
         optimizer = OPTIMIZERS[make](net)
@@ -223,8 +184,9 @@ def test_resume_is_bit_equal(make, dtype, stop, pruning):
         pruner = Pruner(0.5, interval=4, end=20)
         pruner.at(done, STEPS)
         settings = {"symmetric": False, "grid": "mse", "group_size": 8, "start": 3, "end": 24}
+        settings["learn_scale"] = learned
         made = quantizer(net, (8, 4), done=done, interval=5, **settings)
-        constraints = [made, *([pruner] if pruning else [])]
+        constraints = [made, *([pruner] if extra == "pruning" else [])]
         for constraint in constraints:
             constrain(optimizer, weights(net), constraint)
         return net, optimizer, constraints
@@ -295,6 +257,7 @@ def test_detaching_late_leaves_the_next_constraints_alone():
         ({"bits": (8, 1)}, "from 2 to 8"),
         ({"start": 0.9, "end": 0.1}, "after"),
         ({"interval": 0}, "1 or more"),
+        ({"grid": "lsq"}, "allowed are"),
     ],
 )
 def test_refused_when_made(settings, message):
@@ -318,6 +281,9 @@ def test_refused_when_attached():
     with pytest.raises(RuntimeError, match=r"quantizer\.at\(step, max_steps\)"):
         constrain(optimizer, weights(net), Quantizer(4, targets=find_targets(net).targets))
     assert all(value.equal(before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match=r"0.weight is torch.bfloat16, too coarse to learn a scale"):
+        quantizer(net.bfloat16(), learn_scale=True).check(weights(net))
+    net.float()
     with torch.no_grad():
         net[2].weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"2.weight holds weights that are not finite"):
