@@ -59,8 +59,8 @@ class Quantizer(TimedConstraint):
     the number of optimizer steps taken when this one is done.
 
     Raises ValueError for settings out of range, and when attached for weights that are not finite, that
-    `group_size` does not divide, whose groups FSDP2 shards cut, that were not loaded on resuming, or
-    whose dtype is too coarse to learn a scale in.
+    `group_size` does not divide, whose groups FSDP2 shards cut, whose dtype is too coarse to learn a
+    scale in, that were not loaded on resuming, or whose checkpoint holds another kind of grid.
     """
 
     order = 1
@@ -193,7 +193,21 @@ class Quantizer(TimedConstraint):
         dim = self._targets[member.name].input_dim
         return grouped(local(tensor), input_dim=dim, group_size=self.scheme.group_size)
 
+    def _shape(self, member: Member) -> torch.Size:
+        """Of the scales of the whole weight."""
+        dim, size = self._targets[member.name].input_dim, self.scheme.group_size
+        whole = torch.empty(member.param.shape, device="meta")
+        return grouped(whole, input_dim=dim, group_size=size).shape[:-1]
+
     def _restored(self, member: Member) -> Grid:
+        kept = {"scale", "bits"}
+        kept |= set() if self.scheme.symmetric else {"zero_point"}
+        kept |= {"scale_mean", "scale_square"} if self.learn_scale else set()
+        if member["scale"].shape != self._shape(member) or not kept <= member.keys():
+            raise ValueError(
+                f"the checkpoint holds another kind of grid for {member.name}: resume with the "
+                "`group_size`, `symmetric` and `learn_scale` that it was trained with."
+            )
         return Grid(
             scale=local(member["scale"]),
             zero_point=None if self.scheme.symmetric else local(member["zero_point"]),
@@ -202,9 +216,7 @@ class Quantizer(TimedConstraint):
 
     def _keep(self, member: Member, grid: Grid) -> None:
         self._grids[member.name] = grid
-        dim, size = self._targets[member.name].input_dim, self.scheme.group_size
-        whole = torch.empty(member.param.shape, device="meta")
-        shape = grouped(whole, input_dim=dim, group_size=size).shape[:-1]
+        shape = self._shape(member)
         member["scale"] = _placed(grid.scale, member.param, shape)
         if grid.zero_point is not None:
             member["zero_point"] = _placed(grid.zero_point, member.param, shape)

@@ -218,6 +218,16 @@ def test_weights_that_were_not_loaded_are_told():
         constrain(optimizer, weights(rest), quantizer(rest, done=5))
 
 
+@pytest.mark.parametrize("settings", [{"symmetric": False}, {"group_size": 8}, {"learn_scale": True}])
+def test_a_checkpoint_of_other_settings_is_refused(settings):
+    net = network()
+    saved = train_on_grid(net, quantizer(net), last=2).state_dict()
+    optimizer = adamw(net)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="holds another kind of grid for 0.weight: resume with the"):
+        constrain(optimizer, weights(net), quantizer(net, done=2, **settings))
+
+
 def test_gradients_of_clipped_weights_do_not_pass():
     net = nn.Sequential(nn.Linear(3, 1, bias=False))
     with torch.no_grad():
