@@ -7,7 +7,7 @@ The peer is llm-compressor, in an environment of its own (`pip install torch==2.
 without `--peer_python` it is left out. Calibrates on rows of one book and measures on another. The
 GGUF is turned into fp32 weights once; each method then starts from that file in a process of its own,
 with the same rows in the same order on as many threads, and writes its weights, which this process
-evaluates. The peer takes batches of one row, its default, in which it is quickest and smallest.
+evaluates. The peer takes batches of one row, its default, which takes it the least memory.
 Seconds are those of pruning; `loaded_megabytes` is the resident memory when it begins,
 `peak_megabytes` the highest until it ends, of the process with all that it has imported.
 Prints JSON.
