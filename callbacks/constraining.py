@@ -11,13 +11,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.callbacks.base import CompressionCallback
-from hf_compress.constraint import Constraint, Constraints, constrain, is_constrained
+from hf_compress.constraint import Constraints, TimedConstraint, constrain, is_constrained
 
 
 class ConstrainingCallback(CompressionCallback):
-    """A callback that attaches constraints when training begins. Call `_detach` when it ends."""
+    """A callback that attaches constraints when training begins, and tells them the time before each
+    step. Call `_detach` when it ends."""
 
     _constraints: Constraints | None = None
+    _timed: tuple[TimedConstraint, ...] = ()
 
     @property
     def attached(self) -> bool:
@@ -51,18 +53,45 @@ class ConstrainingCallback(CompressionCallback):
             self._detach()
             raise
 
-    def _constrain(
-        self, optimizer: Any, parameters: Mapping[str, nn.Parameter], constraint: Constraint
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
+        for constraint in self._timed:
+            constraint.at(self._time(state, state.global_step + 1), state.max_steps)
+
+    def _time(self, state: TrainerState, step: int) -> int:
+        """The time that the constraints are told at optimizer step `step`."""
+        return step
+
+    def _constrain(
+        self,
+        state: TrainerState,
+        optimizer: Any,
+        parameters: Mapping[str, nn.Parameter],
+        constraint: TimedConstraint,
+        *,
+        method: str,
+    ) -> None:
+        """Raises ValueError where a resumed run cannot go on as the saved one would have; `method` is
+        its name in the message."""
+        constraint.at(self._time(state, state.global_step), state.max_steps)
+        if constraint.begun:
+            _check_resumed(state, optimizer, parameters, method)
         self._constraints = constrain(optimizer, parameters, constraint)
+        self._timed += (constraint,)
 
     def _detach(self) -> None:
+        self._timed = ()
         if self._constraints is not None:
             self._constraints.remove()
             self._constraints = None
 
 
-def check_resumed(
+def _check_resumed(
     state: TrainerState, optimizer: Any, parameters: Mapping[str, nn.Parameter], method: str
 ) -> None:
     """Raises ValueError where training goes on from a checkpoint that has no state of `method`."""

@@ -97,16 +97,6 @@ class MaskingCallback(ConstrainingCallback):
             fractions |= constraint.fractions({name: t.param for name, t in targets.items()})
         return Plan.of(model, self._selection, fractions)
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        for mask in self._masks:
-            mask.at(self._time(state, state.global_step + 1), state.max_steps)
-
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -128,23 +118,10 @@ class MaskingCallback(ConstrainingCallback):
                 f"{self._why_unfinished(state)}."
             )
 
-    def _time(self, state: TrainerState, step: int) -> int:
-        """The time that the constraints are told at optimizer step `step`."""
-        return step
-
     def _why_unfinished(self, state: TrainerState) -> str:
         return (
             f"training ended at step {state.global_step} of {state.max_steps}, before the schedule did"
         )
-
-    def _check_resumed(
-        self,
-        mask: ZeroKeeper,
-        parameters: Mapping[str, nn.Parameter],
-        state: TrainerState,
-        optimizer: Any,
-    ) -> None:
-        """Raise ValueError where a resumed run cannot go on as the saved one would have."""
 
     def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
         self._masks = []
@@ -152,9 +129,7 @@ class MaskingCallback(ConstrainingCallback):
             mask = self._constraint(sparsity, targets=targets, model=model)
             self._masks.append(mask)
             parameters = {name: target.param for name, target in targets.items()}
-            mask.at(self._time(state, state.global_step), state.max_steps)
-            self._check_resumed(mask, parameters, state, optimizer)
-            self._constrain(optimizer, parameters, mask)
+            self._constrain(state, optimizer, parameters, mask, method="this pruning")
 
     def _fractions(self) -> dict[str | None, float | None]:
         if isinstance(self.sparsity, Mapping):

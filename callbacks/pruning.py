@@ -9,7 +9,6 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_compress.callbacks.constraining import check_resumed
 from hf_compress.callbacks.masking import MaskingCallback
 from hf_compress.pruning.input_squares import InputSquares
 from hf_compress.pruning.masks import ZeroKeeper
@@ -173,16 +172,6 @@ class PruningCallback(MaskingCallback):
                     f"{pruner.schedule.final:.4f} asked, and zeros stay: begin with the dense model "
                     "to prune less."
                 )
-
-    def _check_resumed(
-        self,
-        mask: ZeroKeeper,
-        parameters: Mapping[str, nn.Parameter],
-        state: TrainerState,
-        optimizer: Any,
-    ) -> None:
-        if mask.begun:
-            check_resumed(state, optimizer, parameters, "this pruning")
 
     def _constraint(
         self,

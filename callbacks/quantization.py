@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_compress.callbacks.constraining import ConstrainingCallback, check_resumed
+from hf_compress.callbacks.constraining import ConstrainingCallback
 from hf_compress.distributed import local
 from hf_compress.quantization.activations import InputQuantizer, check_inputs
 from hf_compress.quantization.grids import Grid, GroupSize, check_bits, fake_quantize, grouped
@@ -137,15 +137,6 @@ class QuantizationCallback(ConstrainingCallback):
         if self._inputs is not None:
             self._inputs.enabled = self._quantizer.width is not None
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        self._quantizer.at(state.global_step + 1, state.max_steps)
-
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -194,11 +185,8 @@ class QuantizationCallback(ConstrainingCallback):
         if self.activations is not None:
             check_inputs(self._selection.targets)
         self._quantizer = quantizer = self._constraint(self._selection.targets)
-        quantizer.at(state.global_step, state.max_steps)
-        start, _ = quantizer.schedule.span(state.max_steps)
-        if state.global_step > start:
-            check_resumed(state, optimizer, self._selection.parameters, "this quantization")
-        self._constrain(optimizer, self._selection.parameters, quantizer)
+        parameters = self._selection.parameters
+        self._constrain(state, optimizer, parameters, quantizer, method="this quantization")
         if self.activations is not None:
             self._inputs = InputQuantizer(model, self._selection.targets, bits=self.activations)
             self._inputs.enabled = quantizer.width is not None

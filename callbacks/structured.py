@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_compress.callbacks.constraining import ConstrainingCallback, check_resumed
+from hf_compress.callbacks.constraining import ConstrainingCallback
 from hf_compress.pruning.structure.architectures import Kind
 from hf_compress.pruning.structure.choice import check_fraction, check_round_to, count_kept
 from hf_compress.pruning.structure.config import smaller_config
@@ -98,20 +98,7 @@ class StructuredPruningCallback(ConstrainingCallback):
     def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
         self._pruners = self._find(model)
         for kind, pruner in self._pruners.items():
-            pruner.at(state.global_step, state.max_steps)
-            if pruner.begun:
-                check_resumed(state, optimizer, pruner.parameters, f"pruning {kind}")
-            self._constrain(optimizer, pruner.parameters, pruner)
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        for pruner in self._pruners.values():
-            pruner.at(state.global_step + 1, state.max_steps)
+            self._constrain(state, optimizer, pruner.parameters, pruner, method=f"pruning {kind}")
 
     def on_train_end(
         self,

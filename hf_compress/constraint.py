@@ -136,6 +136,11 @@ class TimedConstraint(Constraint):
         """The coming optimizer step is number `step` (from 1) of `max_steps`."""
         self._step, self._max_steps = step, max_steps
 
+    @property
+    def begun(self) -> bool:
+        """Whether there must be state of an earlier step now, which a resumed run cannot make up."""
+        return False
+
     def _check_time(self) -> None:
         if self._max_steps == 0:
             name = type(self).__name__
@@ -272,6 +277,17 @@ def is_constrained(
     its checkpoint did."""
     state = torch_optimizer(optimizer).state
     return any(str(key).startswith(PREFIX) for p in parameters.values() for key in state.get(p, {}))
+
+
+def check_loaded(name: str, astray: int, claim: str) -> None:
+    """Raises ValueError where `name` has something `astray` from what the state of the optimizer
+    claims of it, after a resume."""
+    if astray > 0:
+        # Trainer (transformers 5.23) does so where a model's tensors have other names in files.
+        raise ValueError(
+            f"{name} is not {claim}: its weights were not loaded. Make the model by "
+            "`from_pretrained(checkpoint)`, and resume then."
+        )
 
 
 def torch_optimizer(optimizer: object) -> Optimizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,18 @@ from torch.distributed.tensor.placement_types import Shard
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of `tensor`; the tensor itself where it is not sharded. Shares storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_as(weight: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
+    """This rank's `part` of a tensor of `shape`, which has the dimensions of `weight` and lies as it
+    does; the part itself where `weight` is not sharded."""
+    if not isinstance(weight, DTensor):
+        return part
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(
+        part, weight.device_mesh, weight.placements, run_check=False, shape=size, stride=stride
+    )
 
 
 def shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:

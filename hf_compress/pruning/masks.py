@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hf_compress.constraint import Member, TimedConstraint
+from hf_compress.constraint import Member, TimedConstraint, check_loaded
 from hf_compress.distributed import local
 from hf_compress.pruning.patterns import Pattern
 from hf_compress.pruning.select import count_kept, total
@@ -41,11 +41,6 @@ class ZeroKeeper(TimedConstraint):
     def finished(self) -> bool:
         """Whether the group is as sparse as asked."""
         return True
-
-    @property
-    def begun(self) -> bool:
-        """Whether there must be state of an earlier step now, which a resumed run cannot make up."""
-        return False
 
     @property
     def due(self) -> int:
@@ -88,12 +83,7 @@ class ZeroKeeper(TimedConstraint):
 def check_restored(name: str, astray: int) -> None:
     """Raises ValueError where `name` has something `astray`: not zero, though the optimizer's state
     says that it is pruned."""
-    if astray > 0:
-        # Trainer (transformers 5.23) does so where a model's tensors have other names in files.
-        raise ValueError(
-            f"{name} is not as sparse as the checkpoint's optimizer says: its weights were not "
-            "loaded. Make the model by `from_pretrained(checkpoint)`, and resume then."
-        )
+    check_loaded(name, astray, "as sparse as the checkpoint's optimizer says")
 
 
 def size_of(members: Sequence[Member]) -> int:

@@ -9,9 +9,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from hf_compress.distributed import local
+from hf_compress.distributed import local, placed_as
 from hf_compress.pruning.patterns import Pattern, block_sums, keep_n_of_m, spread
 from hf_compress.pruning.select import Inputs, check_finite, keep_highest, scores_of, total
 from hf_compress.targets import Target
@@ -63,7 +62,11 @@ class Contest:
         if self.volume == 1:
             return keep_highest(formula, inputs, kept, at_least=at_least)
         sums = [
-            _as_shards(block_sums(scores_of(formula, tensors), block), weight, block)
+            placed_as(
+                weight,
+                block_sums(scores_of(formula, tensors), block),
+                [n // size for n, size in zip(weight.shape, block, strict=True)],
+            )
             for tensors, weight, block in zip(inputs, weights, self.blocks, strict=True)
         ]
         masks = keep_highest(lambda score: score, [(s,) for s in sums], kept, at_least=at_least)
@@ -174,17 +177,6 @@ def _contest(
         volume=volume,
         group=group,
         input_dim=input_dim,
-    )
-
-
-def _as_shards(sums: Tensor, weight: Tensor, block: tuple[int, ...]) -> Tensor:
-    """This rank's `sums`, placed as `weight` is."""
-    if not isinstance(weight, DTensor):
-        return sums
-    shape = torch.Size(n // size for n, size in zip(weight.shape, block, strict=True))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        sums, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride
     )
 
 

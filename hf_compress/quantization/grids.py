@@ -118,6 +118,12 @@ def check_bits(setting: str, bits: object) -> None:
         raise ValueError(f"`{setting}` is {bits!r}: pass a whole number of bits from 2 to 8.")
 
 
+def scale_shape(weight: Tensor, *, input_dim: int, group_size: GroupSize) -> torch.Size:
+    """The shape of the scales of `weight`, of a sharded one as a whole: one for each group."""
+    whole = torch.empty(weight.shape, device="meta")
+    return grouped(whole, input_dim=input_dim, group_size=group_size).shape[:-1]
+
+
 def check_divides(name: str, weight: Tensor, *, input_dim: int, group_size: GroupSize) -> None:
     """Raises ValueError where `group_size` does not divide the input features of `weight`."""
     inputs = weight.shape[input_dim]

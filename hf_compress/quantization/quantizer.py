@@ -8,10 +8,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from hf_compress.constraint import Member, TimedConstraint
-from hf_compress.distributed import local, sum_over_shards
+from hf_compress.constraint import Member, TimedConstraint, check_loaded
+from hf_compress.distributed import local, placed_as, sum_over_shards
 from hf_compress.quantization.grids import (
     Grid,
     GroupSize,
@@ -22,9 +21,10 @@ from hf_compress.quantization.grids import (
     fake_quantize,
     fit,
     grouped,
+    scale_shape,
 )
 from hf_compress.quantization.learned import learn_scale_, scale_gradient
-from hf_compress.schedules import Schedule
+from hf_compress.schedules import Schedule, check_interval
 from hf_compress.targets import Target
 
 INTERVAL = 50
@@ -84,8 +84,8 @@ class Quantizer(TimedConstraint):
             raise ValueError(f"`bits` is {bits!r}: pass one width, or several that fall, as (8, 6, 4).")
         for width in self.bits:
             self.scheme = Scheme(bits=width, group_size=group_size, symmetric=symmetric, grid=grid)
-        if interval is not None and (type(interval) is not int or interval < 1):
-            raise ValueError(f"`interval` is {interval!r}: pass a number of steps, 1 or more.")
+        if interval is not None:
+            check_interval(interval)
         self.schedule = Schedule(final=len(self.bits) - 1, shape="linear", start=start, end=end)
         self.interval = interval
         self.learn_scale = learn_scale
@@ -94,6 +94,11 @@ class Quantizer(TimedConstraint):
         self._bits: int | None = None
         self._due = True
         self._finished = False
+
+    @property
+    def begun(self) -> bool:
+        start, _ = self.schedule.span(self._max_steps)
+        return self._step > start
 
     @property
     def width(self) -> int | None:
@@ -195,9 +200,8 @@ class Quantizer(TimedConstraint):
 
     def _shape(self, member: Member) -> torch.Size:
         """Of the scales of the whole weight."""
-        dim, size = self._targets[member.name].input_dim, self.scheme.group_size
-        whole = torch.empty(member.param.shape, device="meta")
-        return grouped(whole, input_dim=dim, group_size=size).shape[:-1]
+        dim = self._targets[member.name].input_dim
+        return scale_shape(member.param, input_dim=dim, group_size=self.scheme.group_size)
 
     def _restored(self, member: Member) -> Grid:
         kept = {"scale", "bits"}
@@ -217,23 +221,20 @@ class Quantizer(TimedConstraint):
     def _keep(self, member: Member, grid: Grid) -> None:
         self._grids[member.name] = grid
         shape = self._shape(member)
-        member["scale"] = _placed(grid.scale, member.param, shape)
+        member["scale"] = placed_as(member.param, grid.scale, shape)
         if grid.zero_point is not None:
-            member["zero_point"] = _placed(grid.zero_point, member.param, shape)
+            member["zero_point"] = placed_as(member.param, grid.zero_point, shape)
         if self.learn_scale:
             for moment in ("scale_mean", "scale_square"):
-                member[moment] = _placed(torch.zeros_like(grid.scale), member.param, shape)
+                member[moment] = placed_as(member.param, torch.zeros_like(grid.scale), shape)
         # Of the weight's dtype, as all that lives in the optimizer's state.
         member["bits"] = grid.scale.new_tensor(grid.bits)
 
     def _check_on_grid(self, member: Member) -> None:
         weight = self._groups(member, member.param)
         astray = fake_quantize(weight, self._grids[member.name]) != weight
-        if sum_over_shards([(astray.sum(), member.param)]) > 0:
-            raise ValueError(
-                f"{member.name} is not on the grid that the checkpoint's optimizer tells: its weights "
-                "were not loaded. Make the model by `from_pretrained(checkpoint)`, and resume then."
-            )
+        count = int(sum_over_shards([(astray.sum(), member.param)]))
+        check_loaded(member.name, count, "on the grid that the checkpoint's optimizer tells")
 
 
 def _check_shards(name: str, weight: Tensor, *, input_dim: int, group_size: GroupSize) -> None:
@@ -248,14 +249,3 @@ def _check_shards(name: str, weight: Tensor, *, input_dim: int, group_size: Grou
             f"the shards of {name} {tuple(weight.shape)} cut groups that share a scale: choose a "
             "`group_size` that divides them, use DDP, or leave it out by `ignore`."
         )
-
-
-def _placed(part: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
-    """This rank's `part` of a tensor of `shape`, which has the dimensions of `weight`, placed as it."""
-    if not isinstance(weight, DTensor):
-        return part
-    size = torch.Size(shape)
-    stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(
-        part, weight.device_mesh, weight.placements, run_check=False, shape=size, stride=stride
-    )

@@ -100,7 +100,6 @@ class UnitPruner(TimedConstraint):
 
     @property
     def begun(self) -> bool:
-        """Whether there must be state of an earlier step now, which a resumed run cannot make up."""
         return self.schedule.value(self._step, self._max_steps) > 0.0
 
     @property
