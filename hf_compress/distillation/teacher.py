@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 import tempfile
@@ -15,18 +14,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_compress.distillation.tasks import Head, head_of
+from hf_compress.frozen import freeze_
 from hf_compress.targets import without_adapters
-
-
-def snapshot(student: nn.Module) -> nn.Module:
-    """A frozen copy of `student` as it is now, sharing no storage with it."""
-    teacher = copy.deepcopy(student)
-    for module in teacher.modules():
-        # A forward patched onto the instance (trl's fused head) is a closure over the original: the
-        # copy would run the student. Accelerate's dispatch hooks copy properly and are needed.
-        if "forward" in vars(module) and "_hf_hook" not in vars(module):
-            del module.forward
-    return freeze_(teacher)
 
 
 def load_teacher(
@@ -59,11 +48,6 @@ def load_teacher(
     if not _is_bnb(teacher) and not hasattr(teacher, "hf_device_map"):
         teacher.to(device)
     return freeze_(teacher)
-
-
-def freeze_(model: nn.Module) -> nn.Module:
-    """Eval mode and no gradients, in place."""
-    return model.eval().requires_grad_(False)
 
 
 def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

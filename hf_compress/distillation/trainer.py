@@ -16,7 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
 from hf_compress.distillation.tasks import Sums, Task, head_of
-from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher, snapshot
+from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher
+from hf_compress.frozen import snapshot
 from hf_compress.targets import without_adapters
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_compress.pruning.calibration import Batch, check_calibration, evaluating
+from hf_compress.frozen import evaluating
+from hf_compress.pruning.calibration import Batch, check_calibration
 from hf_compress.pruning.oneshot.layer_inputs import LayerInputs, Seen, eager_experts
 from hf_compress.pruning.oneshot.lockstep import Call
 from hf_compress.pruning.oneshot.requirements import check_experts, check_targets

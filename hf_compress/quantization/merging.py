@@ -15,8 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
-from hf_compress.distillation.teacher import snapshot
-from hf_compress.pruning.calibration import evaluating
+from hf_compress.frozen import evaluating, snapshot
 from hf_compress.quantization.guard import guard_cpu_kernels_
 
 if TYPE_CHECKING:

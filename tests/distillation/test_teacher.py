@@ -15,8 +15,8 @@ from hf_compress.distillation.teacher import (
     accepted_inputs,
     check_pair,
     load_teacher,
-    snapshot,
 )
+from hf_compress.frozen import snapshot
 
 CLASSIFICATION, CAUSAL = HEADS
 CPU = torch.device("cpu")

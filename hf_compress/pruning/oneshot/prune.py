@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_compress.pruning.calibration import Batch, check_calibration, evaluating
+from hf_compress.frozen import evaluating
+from hf_compress.pruning.calibration import Batch, check_calibration
 from hf_compress.pruning.oneshot.layer_inputs import Accumulate, LayerInputs, Seen, eager_experts
 from hf_compress.pruning.oneshot.lockstep import called_once, is_inside, lockstep
 from hf_compress.pruning.oneshot.offloading import in_memory
