@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_peft_available
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def find_targets(
     if not selection.targets:
         raise ValueError(
             f"targets={targets!r} with ignore={ignore!r} leave no weight of {type(model).__name__} "
-            f"to compress. {_most_common(selection.skipped)}"
+            f"to compress. Left out: {'; '.join(counted(selection.skipped)[:5])}."
         )
     return selection
 
@@ -174,13 +175,17 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
+def counted(skipped: Mapping[str, str]) -> list[str]:
+    """The reasons for which weights were left out, each with its count, the most common first."""
+    return [f"{count} x {reason}" for reason, count in Counter(skipped.values()).most_common()]
+
+
 def without_adapters(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model; any other model as it is."""
-    if is_peft_available():
-        from peft import PeftMixedModel, PeftModel
-
-        if isinstance(model, PeftModel | PeftMixedModel):
-            return model.get_base_model()
+    # Who has such a model has imported peft. Importing it here would bring bitsandbytes along.
+    peft: Any = sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel):
+        return model.get_base_model()
     return model
 
 
@@ -207,11 +212,3 @@ def _check_all_used(
                 raise ValueError(
                     f"`{argument}` entry {entry!r} matches no weight of {type(model).__name__}; {hint}."
                 )
-
-
-def _most_common(skipped: dict[str, str]) -> str:
-    counts: dict[str, int] = {}
-    for reason in skipped.values():
-        counts[reason] = counts.get(reason, 0) + 1
-    listed = sorted(counts.items(), key=lambda item: -item[1])[:5]
-    return "Left out: " + "; ".join(f"{count} x {reason}" for reason, count in listed) + "."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from hf_compress.pruning.oneshot.prune import OneShotReport, OneShotScore, prune
 from hf_compress.pruning.oneshot.requirements import parse_pattern
 from hf_compress.publishing.audit import Audit, audit
 from hf_compress.publishing.naming import written_as
-from hf_compress.targets import find_targets
+from hf_compress.targets import counted, find_targets
 
 
 @dataclass(kw_only=True)
@@ -93,11 +92,10 @@ def check_groups(folder: Path, found: Audit, axes: Mapping[str, int], n_of_m: tu
 def _table(found: Audit, report: OneShotReport) -> dict[str, str]:
     worst = max(report.weights, key=lambda name: report.weights[name].error)
     errors = [weight.error for weight in report.weights.values()]
-    reasons = Counter(report.skipped.values())
     return {
         "parameters": f"{found.parameters:,}, {found.sparsity:.2%} of them zero, stored all the same",
         "pruned": f"{len(report.weights)} weights, {found.target_sparsity:.4%} of them zero",
-        "left dense": "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()),
+        "left dense": "; ".join(counted(report.skipped)),
         "energy lost": f"{sum(errors) / len(errors):.3%} of the outputs' on average over the weights, "
         f"{max(errors):.3%} in {worst}",
     }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from hf_compress.targets import Selection
+from hf_compress.targets import Selection, counted
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,12 @@ class Plan:
             f"  {name:{width}}  {'x'.join(map(str, shape)):>12}  {sparsity:.4g}"
             for name, (shape, sparsity) in self.pruned.items()
         ]
-        reasons = Counter(self.skipped.values())
         return "\n".join(
             [
                 f"pruned: {len(self.pruned)} weights, to (ranked together: on average) a sparsity of",
                 *rows,
                 f"left dense: {len(self.skipped)} weights",
-                *(f"  {count} x {reason}" for reason, count in reasons.most_common()),
+                *(f"  {reason}" for reason in counted(self.skipped)),
                 f"{self.zeros:,} of {self.parameters:,} parameters become zero "
                 f"({self.zeros / self.parameters:.1%} of all).",
                 f"Zeros are stored dense: the file stays at {self.bytes / 1e6:.1f} MB, and dense "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,78 +11,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from hf_compress.figures import new_figure
-from hf_compress.quantization.grids import (
-    GRIDS,
-    GroupSize,
-    Scheme,
-    check_divides,
-    check_finite,
-    fake_quantize,
-    fit,
-    grouped,
-)
-from hf_compress.targets import Selection, find_targets
-
-# In the order in which equally good ones are preferred: without zero points first. "auto" is left out,
-# since in each group it takes the best of these.
-SCHEMES = {
-    "absmax": ("absmax", True),
-    "minmax": ("minmax", True),
-    "percentile": ("percentile", True),
-    "mse": ("mse", True),
-    "affine minmax": ("minmax", False),
-    "affine percentile": ("percentile", False),
-    "affine mse": ("mse", False),
-    "affine median": ("median", False),
-}
-
-OUTLYING = 3.0
+from hf_compress.quantization.grids import GroupSize, Scheme, check_divides, check_finite, grouped
+from hf_compress.quantization.pictures import draw_errors, draw_histograms
+from hf_compress.quantization.statistics import SCHEMES, WeightStatistics, statistics_of
+from hf_compress.targets import Selection, counted, find_targets
 
 ERRORS = "grid_errors.png"
 HISTOGRAMS = "weight_histograms.png"
 
 _STATISTICS = ("median", "mean", "spread", "skew", "kurtosis", "outliers")
-_BINS = 100
-_DRAWN = 6
-# Weights on which grids are searched at once: they fit into a cache, and bound the memory.
-_AT_ONCE = 2**19
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightStatistics:
-    """One weight.
-
-    spread: the standard deviation. skew, kurtosis: the third and fourth standardized moments, less 3
-        for the kurtosis, so that both are 0 for a normal distribution; 0 too where all are equal.
-    outliers: the fraction farther than 3 standard deviations from the mean; normal: 0.0027.
-    norm: the root of the sum of squares.
-    histogram: counts in 100 equal bins from `lowest` to `highest`.
-    errors: ||w - q(w)|| / ||w|| by bits and grid; 0 where the weight is 0.
-    ranges: the lowest and highest value of the grid, each averaged over the groups, by bits and grid.
-    """
-
-    shape: tuple[int, ...]
-    median: float
-    mean: float
-    spread: float
-    skew: float
-    kurtosis: float
-    outliers: float
-    lowest: float
-    highest: float
-    norm: float
-    histogram: list[int]
-    errors: dict[int, dict[str, float]]
-    ranges: dict[int, dict[str, tuple[float, float]]]
-
-    def best(self, bits: int) -> str:
-        """The grid with the lowest error; of equally good ones the one without zero points."""
-        return min(self.errors[bits], key=self.errors[bits].__getitem__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,53 +82,8 @@ class WeightAnalysis:
         their best grid at the lowest width, with the range of the best grid at each width."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._draw_errors(folder / ERRORS)
-        self._draw_histograms(folder / HISTOGRAMS)
-
-    def _draw_errors(self, path: Path) -> None:
-        figure = new_figure(9, 1 + 2.5 * len(self.bits))
-        rows = figure.subplots(len(self.bits), 1, sharex=True, squeeze=False)[:, 0]
-        places = range(len(self.weights))
-        for axes, bits in zip(rows, self.bits, strict=True):
-            for label, (grid, symmetric) in SCHEMES.items():
-                axes.plot(
-                    places,
-                    [weight.errors[bits][label] for weight in self.weights.values()],
-                    color=f"C{list(GRIDS).index(grid)}",
-                    linestyle="-" if symmetric else "--",
-                    marker=".",
-                    label=label,
-                )
-            axes.set(ylabel=f"relative error, {bits} bit")
-            axes.set_ylim(bottom=0)
-        if len(self.weights) <= 16:
-            rows[-1].set_xticks(places, list(self.weights), rotation=90, fontsize=7)
-        else:
-            rows[-1].set(xlabel="weight, from the first to the last")
-        figure.legend(handles=rows[0].lines, loc="outside upper center", ncols=4, fontsize=8)
-        figure.savefig(path)
-
-    def _draw_histograms(self, path: Path) -> None:
-        fewest = min(self.bits)
-        farthest = sorted(self.weights.items(), key=lambda item: -min(item[1].errors[fewest].values()))
-        drawn = farthest[:_DRAWN]
-        figure = new_figure(9, 1 + 2 * len(drawn))
-        rows = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
-        for axes, (name, weight) in zip(rows, drawn, strict=True):
-            step = (weight.highest - weight.lowest) / _BINS
-            edges = [weight.lowest + step * place for place in range(_BINS + 1)]
-            axes.stairs(weight.histogram, edges, fill=True, color="lightgrey")
-            for place, bits in enumerate(self.bits):
-                best = weight.best(bits)
-                for value in weight.ranges[bits][best]:
-                    axes.axvline(value, color=f"C{place}", linestyle=":")
-                axes.plot([], [], color=f"C{place}", linestyle=":", label=f"{bits} bit: {best}")
-            axes.set_yscale("log")
-            axes.set_ylim(bottom=0.5)  # below a single weight, so that outliers are seen
-            axes.set_title(name, fontsize=8)
-            axes.legend(fontsize=7, loc="upper right")
-        figure.supylabel("weights", fontsize=9)
-        figure.savefig(path)
+        draw_errors(self.weights, self.bits, folder / ERRORS)
+        draw_histograms(self.weights, self.bits, folder / HISTOGRAMS)
 
     def __str__(self) -> str:
         title = "best grid, relative error"
@@ -210,9 +105,8 @@ class WeightAnalysis:
         for grid in SCHEMES:
             row = "".join(f"{together[bits][grid]:>9.4f}" for bits in self.bits)
             rows.append(f"  {grid:{grid_width}}{row}")
-        reasons = Counter(self.skipped.values()).most_common()
         rows.append(f"left out: {len(self.skipped)} weights")
-        return "\n".join([*rows, *(f"  {count} x {reason}" for reason, count in reasons)])
+        return "\n".join([*rows, *(f"  {reason}" for reason in counted(self.skipped))])
 
 
 @torch.no_grad()
@@ -257,7 +151,7 @@ def analyse(
         with align_module_device(model.get_submodule(target.owner)):  # loads what is offloaded
             weight = model.get_parameter(name)
             groups = grouped(weight, input_dim=target.input_dim, group_size=group_size)
-            weights[name] = _analysed(weight, groups.reshape(-1, groups.shape[-1]), schemes)
+            weights[name] = statistics_of(weight, groups.reshape(-1, groups.shape[-1]), schemes)
     return WeightAnalysis(
         weights=weights, skipped=selection.skipped, bits=widths, group_size=group_size
     )
@@ -280,72 +174,3 @@ def _check(model: nn.Module, selection: Selection, group_size: GroupSize) -> Non
         check_divides(name, param, input_dim=target.input_dim, group_size=group_size)
         with align_module_device(owner):
             check_finite(name, model.get_parameter(name))
-
-
-def _analysed(
-    weight: Tensor, groups: Tensor, schemes: dict[int, dict[str, Scheme]]
-) -> WeightStatistics:
-    """groups: the members of `weight` as (groups, members)."""
-    norm, errors, ranges = _distances(groups, schemes)
-    values = weight.float().flatten()
-    size = values.numel()
-    # Of an even number the mean of the two in the middle.
-    middle = values.kthvalue((size + 1) // 2).values + values.kthvalue(size // 2 + 1).values
-    lowest, highest = (bound.item() for bound in values.aminmax())
-    spread, mean = (moment.item() for moment in torch.std_mean(values, correction=0))
-    if lowest == highest:
-        mean, spread, standard = lowest, 0.0, torch.zeros_like(values)
-        histogram = [size] + [0] * (_BINS - 1)
-    else:
-        standard = (values - mean) / spread
-        # Not `histc`, whose counts are float32 and stand still at 2**24.
-        bins = ((values - lowest) / (highest - lowest) * _BINS).int().clamp_(max=_BINS - 1)
-        histogram = bins.bincount(minlength=_BINS).tolist()
-    return WeightStatistics(
-        shape=tuple(weight.shape),
-        median=middle.item() / 2,
-        mean=mean,
-        spread=spread,
-        skew=standard.pow(3).mean().item(),
-        kurtosis=standard.pow(4).mean().item() - 3 if spread else 0.0,
-        outliers=int((standard.abs() > OUTLYING).sum()) / size,
-        lowest=lowest,
-        highest=highest,
-        norm=norm,
-        histogram=histogram,
-        errors=errors,
-        ranges=ranges,
-    )
-
-
-def _distances(
-    groups: Tensor, schemes: dict[int, dict[str, Scheme]]
-) -> tuple[float, dict[int, dict[str, float]], dict[int, dict[str, tuple[float, float]]]]:
-    """The norm of the groups (groups, members), and by bits and grid their relative error and the mean
-    ends of their ranges."""
-    count, members = groups.shape
-    squares = 0.0
-    # For each width and grid the squared error, and the lowest and highest values of the grids, summed.
-    sums = {bits: {label: [0.0, 0.0, 0.0] for label in its} for bits, its in schemes.items()}
-    for part in groups.split(max(1, _AT_ONCE // members)):
-        values = part.float()
-        squares += values.square().sum().item()
-        for bits, its in schemes.items():
-            for label, scheme in its.items():
-                grid = fit(part, scheme)
-                error = (fake_quantize(part, grid).float() - values).square_().sum()
-                scale = grid.scale.float()
-                zero_point = 0.0 if grid.zero_point is None else grid.zero_point.float()
-                low, high = (scale * (code - zero_point) for code in (grid.lowest, grid.highest))
-                for place, part_sum in enumerate((error, low.sum(), high.sum())):
-                    sums[bits][label][place] += part_sum.item()
-    norm = math.sqrt(squares)
-    errors = {
-        bits: {label: math.sqrt(error) / norm if norm else 0.0 for label, (error, _, _) in its.items()}
-        for bits, its in sums.items()
-    }
-    ranges = {
-        bits: {label: (low / count, high / count) for label, (_, low, high) in its.items()}
-        for bits, its in sums.items()
-    }
-    return norm, errors, ranges

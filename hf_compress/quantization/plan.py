@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from hf_compress.quantization.grids import Scheme, grouped
-from hf_compress.targets import Selection
+from hf_compress.quantization.grids import Scheme, scale_shape
+from hf_compress.targets import Selection, counted
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,9 @@ class QuantizationPlan:
         quantized, packed = {}, size
         for name, target in selection.targets.items():
             param = target.param
-            whole = torch.empty(param.shape, device="meta")
-            groups = grouped(whole, input_dim=target.input_dim, group_size=scheme.group_size)
-            scales = math.prod(groups.shape[:-1])
+            scales = scale_shape(
+                param, input_dim=target.input_dim, group_size=scheme.group_size
+            ).numel()
             quantized[name] = (tuple(param.shape), scales)
             codes = param.numel() if scheme.symmetric else param.numel() + scales
             packed += (codes * scheme.bits + 7) // 8 + (scales - param.numel()) * param.element_size()
@@ -58,14 +55,13 @@ class QuantizationPlan:
             f"  {name:{width}}  {'x'.join(map(str, shape)):>12}  {scales:,} scales"
             for name, (shape, scales) in self.quantized.items()
         ]
-        reasons = Counter(self.skipped.values())
         return "\n".join(
             [
                 f"quantized to {self.bits} bit: {len(self.quantized)} weights, "
                 f"{self.parameters:,} parameters",
                 *rows,
                 f"left as they are: {len(self.skipped)} weights",
-                *(f"  {count} x {reason}" for reason, count in reasons.most_common()),
+                *(f"  {reason}" for reason in counted(self.skipped)),
                 f"Checkpoints of the training hold the values of the grid in full, "
                 f"{self.bytes / 1e6:.1f} MB, and run no faster. Packed they take "
                 f"{self.packed_bytes / 1e6:.1f} MB.",

@@ -10,8 +10,9 @@ from accelerate import cpu_offload
 from tiny import tiny_bert, tiny_gpt2, tiny_mixtral
 from torch import nn
 
-from hf_compress.quantization.analysis import ERRORS, HISTOGRAMS, SCHEMES, analyse
+from hf_compress.quantization.analysis import ERRORS, HISTOGRAMS, analyse
 from hf_compress.quantization.grids import GRIDS, Scheme, fake_quantize, fit
+from hf_compress.quantization.statistics import SCHEMES
 
 
 def one_layer(rows, dtype=torch.float32):
