@@ -12,6 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_compress import DistillationArguments, DistillationTrainer
 from hf_compress.samples import corpus, minilm
 
 CACHE = Path(os.environ.get("HF_COMPRESS_CACHE", Path.home() / ".cache" / "hf_compress"))
@@ -36,7 +37,9 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def trainer(model, output, tokenizer, train, test, callbacks=None, seed=0, **arguments):
+def trainer(model, output, tokenizer, train, test, callbacks=None, seed=0, teacher=None, **arguments):
+    """A Trainer, or with a `teacher` a DistillationTrainer, whose `alpha` and `temperature` are among
+    the arguments."""
     settings = {
         "num_train_epochs": 1,
         "learning_rate": 1e-4,
@@ -47,16 +50,19 @@ def trainer(model, output, tokenizer, train, test, callbacks=None, seed=0, **arg
         "logging_steps": 20,
         "report_to": "none",
         "seed": seed,
+    } | arguments
+    shared = {
+        "train_dataset": train,
+        "eval_dataset": test,
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "compute_metrics": accuracy,
+        "callbacks": callbacks,
     }
-    return Trainer(
-        model,
-        TrainingArguments(output, **(settings | arguments)),
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy,
-        callbacks=callbacks,
+    if teacher is None:
+        return Trainer(model, TrainingArguments(output, **settings), **shared)
+    return DistillationTrainer(
+        model, DistillationArguments(output, **settings), teacher=teacher, **shared
     )
 
 

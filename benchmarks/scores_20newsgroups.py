@@ -14,9 +14,9 @@ import tempfile
 import minilm
 from torch.nn.utils import prune
 from tqdm import tqdm
-from transformers import DataCollatorWithPadding, set_seed
+from transformers import set_seed
 
-from hf_compress import DistillationArguments, DistillationTrainer, PruningCallback
+from hf_compress import PruningCallback
 from hf_compress.callbacks.rigl import RigLCallback
 from hf_compress.targets import find_targets
 
@@ -55,27 +55,17 @@ def run(method, sparsity, seed, folder, data, options):
     if pruned:
         prune.global_unstructured(pruned, prune.L1Unstructured, amount=sparsity)
     with tempfile.TemporaryDirectory() as output:
-        trainer = DistillationTrainer(
+        trainer = minilm.trainer(
             student,
-            DistillationArguments(
-                output,
-                num_train_epochs=options.epochs,
-                learning_rate=options.learning_rate,
-                per_device_train_batch_size=32,
-                per_device_eval_batch_size=64,
-                warmup_steps=0.1,
-                save_strategy="no",
-                logging_steps=20,
-                report_to="none",
-                seed=seed,
-            ),
-            teacher=str(folder),
-            train_dataset=train,
-            eval_dataset=test,
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=minilm.accuracy,
+            output,
+            tokenizer,
+            train,
+            test,
             callbacks=[] if pruned else [callback(method, sparsity)],
+            seed=seed,
+            teacher=str(folder),
+            num_train_epochs=options.epochs,
+            learning_rate=options.learning_rate,
         )
         trainer.train()
         for module, name in pruned:

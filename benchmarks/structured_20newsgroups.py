@@ -18,7 +18,6 @@ from transformers import (
     set_seed,
 )
 
-from hf_compress import DistillationArguments, DistillationTrainer
 from hf_compress.measure import bytes_on_disk, compare_latency, environment
 from hf_compress.pruning.structure.removal import prune_structure
 
@@ -27,30 +26,6 @@ CORPUS = "20newsgroups"
 
 def accuracy(model, output, tokenizer, train, test):
     return minilm.trainer(model, output, tokenizer, train, test).evaluate()["eval_accuracy"]
-
-
-def recover(student, teacher, output, tokenizer, train, options, seed):
-    DistillationTrainer(
-        student,
-        DistillationArguments(
-            output,
-            alpha=options.alpha,
-            temperature=options.temperature,
-            num_train_epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            per_device_train_batch_size=32,
-            warmup_steps=0.1,
-            train_sampling_strategy="group_by_length",
-            save_strategy="no",
-            logging_steps=20,
-            report_to="none",
-            seed=seed,
-        ),
-        teacher=teacher,
-        train_dataset=train,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-    ).train()
 
 
 def main():
@@ -99,7 +74,20 @@ def main():
             )
             seconds = time.perf_counter() - begin
             before = accuracy(smaller, output, tokenizer, train, test)
-            recover(smaller, dense, output, tokenizer, train, options, seed)
+            minilm.trainer(
+                smaller,
+                output,
+                tokenizer,
+                train,
+                test,
+                seed=seed,
+                teacher=dense,
+                alpha=options.alpha,
+                temperature=options.temperature,
+                num_train_epochs=options.epochs,
+                learning_rate=options.learning_rate,
+                train_sampling_strategy="group_by_length",
+            ).train()
             smaller.save_pretrained(output)
             loaded = AutoModelForSequenceClassification.from_pretrained(output)
             result["pruned"].append(
