@@ -9,11 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from methods import METHODS, SPARSITY
+from short import arguments
 from tiny import (
     VOCABULARY,
     classification_rows,
+    image_rows,
     language_rows,
-    random_images,
     random_sound,
     tiny_bert,
     tiny_gpt2,
@@ -23,17 +24,12 @@ from tiny import (
     tiny_vit,
     tiny_whisper,
 )
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_compress.quantization.grids import fake_quantize, grouped
 from hf_compress.targets import find_targets
 
 STEPS = 12
-
-
-def image_rows():
-    pixels = random_images(32)
-    return Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": [i % 3 for i in range(32)]})
 
 
 def sound_rows():
@@ -58,19 +54,10 @@ RENAMED = ("ViT", "Mixtral")  # in the files: Trainer does not load such weights
 
 def trainer(folder, method, model_name, model=None, **settings):
     make_model, make_rows = MODELS[model_name]
-    defaults = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+    defaults = {"max_steps": STEPS, "learning_rate": 5e-3}
     return Trainer(
         model or make_model(),
-        TrainingArguments(str(folder), **(defaults | settings)),
+        arguments(folder, **(defaults | settings)),
         train_dataset=make_rows(),
         callbacks=[method.make()],
     )

@@ -196,6 +196,12 @@ def random_images(count, seed=0):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
+def image_rows(rows=32):
+    return Dataset.from_dict(
+        {"pixel_values": random_images(rows).tolist(), "labels": [i % 3 for i in range(rows)]}
+    )
+
+
 def random_sound(count, seed=0):
     """(count, 80, 32), as `tiny_whisper` takes it."""
     return torch.randn(count, 80, 32, generator=torch.Generator().manual_seed(seed))

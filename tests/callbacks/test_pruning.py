@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from short import arguments
 from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
 from transformers import (
     AutoModelForSequenceClassification,
@@ -11,7 +12,6 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -20,26 +20,13 @@ from hf_compress.callbacks.base import CompressionCallback
 from hf_compress.targets import find_targets
 
 STEPS = 20
-
-
-def arguments(folder, kind=TrainingArguments, **settings):
-    defaults = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return kind(str(folder), **(defaults | settings))
+RUN = {"max_steps": STEPS, "learning_rate": 1e-2}
 
 
 def trainer(folder, callback, model=None, callbacks=(), **settings):
     return Trainer(
         model or tiny_bert(),
-        arguments(folder, **settings),
+        arguments(folder, **(RUN | settings)),
         train_dataset=classification_rows(),
         eval_dataset=classification_rows(seed=1),
         callbacks=[*([callback] if callback else []), *callbacks],
@@ -237,7 +224,7 @@ def test_logs_reach_the_reporters_once_attached(tmp_path):
 def test_seq2seq_trainer(tmp_path):
     run = Seq2SeqTrainer(
         tiny_bert(),
-        arguments(tmp_path, Seq2SeqTrainingArguments),
+        arguments(tmp_path, Seq2SeqTrainingArguments, **RUN),
         train_dataset=classification_rows(),
         callbacks=[PruningCallback(0.5, interval=2)],
     )

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from short import arguments
 from tiny import classification_rows, tiny_bert
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from hf_compress import PruningCallback
 from hf_compress.schedules import Clock, Drop, clock_of
@@ -87,15 +88,10 @@ class Scripted(Trainer):
 def trainer(folder, callback, values, model=None, **settings):
     run = Scripted(
         model or tiny_bert(),
-        TrainingArguments(
-            str(folder),
+        arguments(
+            folder,
             max_steps=STEPS,
-            per_device_train_batch_size=8,
             learning_rate=1e-2,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
             **(
                 {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 10}
                 | settings

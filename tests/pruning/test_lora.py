@@ -2,15 +2,13 @@ import copy
 
 import pytest
 import torch
+from adaptable import CASES, MODELS
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
-from tiny import tiny_bert, tiny_llama
+from tiny import tiny_llama
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -18,20 +16,6 @@ from hf_compress.pruning.lora import merge_under_mask_
 from hf_compress.quantization.bnb import load_quantized
 
 IDS = torch.arange(5, 17)[None]
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    # As wide as it is high, so that a transposed weight would load.
-    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=4))
-
-
-MODELS = {
-    "llama": (AutoModelForCausalLM, lambda: tiny_llama(hidden=64, layers=1)),
-    "gpt2": (AutoModelForCausalLM, tiny_gpt2),
-    "bert": (AutoModelForSequenceClassification, lambda: tiny_bert(hidden=64, layers=1)),
-}
-CASES = pytest.mark.parametrize("name", MODELS)
 
 
 def targets(model):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from short import arguments
 from tiny import classification_rows, tiny_bert, tiny_gpt2, tiny_mixtral
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from hf_compress import QuantizationCallback
 from hf_compress.quantization.activations import InputQuantizer
@@ -49,16 +50,7 @@ def test_conv1d_has_its_inputs_last_too():
 def trainer(folder, callbacks, model=None, **settings):
     return Trainer(
         model or tiny_bert(),
-        TrainingArguments(
-            str(folder),
-            max_steps=8,
-            per_device_train_batch_size=8,
-            learning_rate=1e-2,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            **settings,
-        ),
+        arguments(folder, max_steps=8, learning_rate=1e-2, **settings),
         train_dataset=classification_rows(),
         eval_dataset=classification_rows(seed=1),
         callbacks=callbacks,

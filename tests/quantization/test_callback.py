@@ -7,13 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from short import arguments
 from tiny import classification_rows, tiny_bert
 from transformers import (
     AutoModelForSequenceClassification,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from hf_compress import PruningCallback, QuantizationCallback
@@ -25,19 +25,10 @@ EACH_STEP = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2
 
 
 def trainer(folder, callbacks, model=None, **settings):
-    defaults = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+    defaults = {"max_steps": STEPS, "learning_rate": 1e-2}
     return Trainer(
         model or tiny_bert(),
-        TrainingArguments(str(folder), **(defaults | settings)),
+        arguments(folder, **(defaults | settings)),
         train_dataset=classification_rows(),
         eval_dataset=classification_rows(seed=1),
         callbacks=callbacks,

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from adaptable import CASES, MODELS
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant
 from bitsandbytes.functional import quantize_4bit as quantize
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
@@ -9,9 +10,6 @@ from tiny import tiny_bert, tiny_llama
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -28,20 +26,6 @@ BATCHES = [
     {"input_ids": IDS[:1] + 9, "attention_mask": MASK[:1]},
 ]
 BITS = pytest.mark.parametrize("bits", [8, 4])
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    # As wide as it is high, so that a transposed weight would load.
-    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=4))
-
-
-MODELS = {
-    "llama": (AutoModelForCausalLM, lambda: tiny_llama(hidden=64, layers=1)),
-    "gpt2": (AutoModelForCausalLM, tiny_gpt2),
-    "bert": (AutoModelForSequenceClassification, lambda: tiny_bert(hidden=64, layers=1)),
-}
-CASES = pytest.mark.parametrize("name", MODELS)
 
 
 def base_of(name, bits, folder):
