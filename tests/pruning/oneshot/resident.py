@@ -29,6 +29,7 @@ def resident_bytes():
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # each thread of torch's own keeps a stack, on any number of cores
     batches = [{"x": torch.randn(1024, 64)} for _ in range(12)]
     with closing(lockstep(Wasteful(), batches, {"layer"})) as steps:
         before = resident_bytes()

@@ -83,4 +83,4 @@ def test_what_the_threads_have_freed_is_given_back():
     # In a process of its own: what earlier tests have left free would be taken first.
     script = Path(__file__).with_name("resident.py")
     run = subprocess.run([sys.executable, script], capture_output=True, check=True, text=True)
-    assert int(run.stdout) < 25e6  # each of the 12 held 64 MB on its way, and holds 0.3
+    assert int(run.stdout) < 60e6  # each of the 12 held 64 MB on its way, and holds 0.3
