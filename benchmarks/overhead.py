@@ -2,20 +2,20 @@
 
 python benchmarks/overhead.py --steps 50
 
-For the time both trainings run in one process, their steps in turn, so that whatever slows the machine
-slows both. Forward and backward are the same code in both and vary by more than the callback takes, so
+For the time each training runs in a process of its own, their steps in turn, so that whatever slows
+the machine slows both. (In threads of one process, malloc gives back and takes anew all that a step
+frees.) Forward and backward are the same code in both and vary by more than the callback takes, so
 beside the ratio of whole steps there is one of what differs: the optimizer's step with the callback's
-hooks and rankings, over a bare step; while the schedule runs, after it, and over all. For the memory
-each trains in a process of its own, since the peak of a process never falls. Prints JSON.
+hooks and rankings, over a bare step; while the schedule runs, after it, and over all. Prints JSON.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 import torch
@@ -73,18 +73,21 @@ def trainer(kind, folder, options, callbacks=()):
     )
 
 
-def times(options):
-    first, second = threading.Semaphore(1), threading.Semaphore(0)
-    turns = {"bare": Turns(first, second), "pruned": Turns(second, first)}
+def train(kind, options, turns, results):
     with tempfile.TemporaryDirectory() as folder:
-        threads = [
-            threading.Thread(target=trainer(kind, folder, options, [turns[kind]]).train)
-            for kind in KINDS
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        trainer(kind, folder, options, [turns]).train()
+    results.put((kind, turns.seconds, turns.optimizer))
+
+
+def times(options):
+    context = multiprocessing.get_context("spawn")
+    first, second, results = context.Semaphore(1), context.Semaphore(0), context.Queue()
+    turns = {"bare": Turns(first, second), "pruned": Turns(second, first)}
+    processes = [context.Process(target=train, args=(k, options, turns[k], results)) for k in KINDS]
+    for process in processes:
+        process.start()
+    for _ in KINDS:
+        kind, turns[kind].seconds, turns[kind].optimizer = results.get()
     # The first two steps allocate.
     median = {kind: statistics.median(turn.seconds[2:]) for kind, turn in turns.items()}
     total = {kind: sum(turn.seconds[2:]) for kind, turn in turns.items()}
