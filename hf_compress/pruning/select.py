@@ -149,9 +149,9 @@ def _masks(
     all_ties: int,
 ) -> list[Tensor]:
     some_stay = pruned_ties < all_ties
-    masks = []
-    for tensors in inputs:
-        mask = torch.zeros_like(_first(tensors), dtype=torch.bool)
+    # All at once: among the pieces below, each would leave a hole in the heap.
+    masks = [torch.zeros_like(_first(tensors), dtype=torch.bool) for tensors in inputs]
+    for mask, tensors in zip(masks, inputs, strict=True):
         flat = local(mask).view(-1)
         ties = [torch.empty(0, dtype=torch.int64, device=flat.device)]
         for place, keys in _keys(formula, tensors):
@@ -163,7 +163,6 @@ def _masks(
             before = count_in_earlier_shards(len(tied), mask)
             flat[tied[max(pruned_ties - before, 0) :]] = True
             pruned_ties -= min(total(len(tied), mask), pruned_ties)
-        masks.append(mask)
     return masks
 
 
