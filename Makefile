@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: test demo slow lint bench build setup
 
 test: .venv/ready
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 demo: .venv/ready
 	$(BIN)/python scripts/quickstart.py
