@@ -8,6 +8,7 @@ torchrun --nproc_per_node 2 scripts/compress.py --use_cpu --config ...
 import sys
 
 from hf_compress.cli.compress import main
+from hf_compress.cli.errors import run
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main, sys.argv[1:])

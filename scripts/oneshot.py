@@ -6,7 +6,8 @@ python scripts/oneshot.py --model M --dataset reuters-r8 --score wanda --sparsit
 
 import sys
 
+from hf_compress.cli.errors import run
 from hf_compress.cli.oneshot import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main, sys.argv[1:])

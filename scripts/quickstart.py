@@ -6,7 +6,8 @@ python scripts/quickstart.py --rows 96      # a quick look
 
 import sys
 
+from hf_compress.cli.errors import run
 from hf_compress.cli.quickstart import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main, sys.argv[1:])

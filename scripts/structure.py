@@ -6,7 +6,8 @@ python scripts/structure.py --model LLAMA --task causal-lm --dataset t.jsonl --h
 
 import sys
 
+from hf_compress.cli.errors import run
 from hf_compress.cli.structure import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main, sys.argv[1:])

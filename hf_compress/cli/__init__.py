@@ -8,6 +8,7 @@ import sys
 def main() -> None:
     """Entry point of the installed command."""
     from hf_compress.cli import compress, oneshot, quickstart, structure
+    from hf_compress.cli.errors import run
 
     commands = {
         "compress": compress,
@@ -20,5 +21,8 @@ def main() -> None:
         lines = [f"usage: hf-compress {{{','.join(commands)}}} [--config recipe.yaml] [--flag value]"]
         for command, module in commands.items():
             lines.append(f"  {command:12}{(module.__doc__ or '').partition(':')[0].splitlines()[0]}")
-        raise SystemExit("\n".join([*lines, "`hf-compress COMMAND --help` lists its flags."]))
-    commands[name].main(sys.argv[2:])
+        lines.append("`hf-compress COMMAND --help` lists its flags.")
+        asked = name in ("-h", "--help")
+        print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else 2)
+    run(commands[name].main, sys.argv[2:])

@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_compress.cli.arguments import CalibrationArguments
 from hf_compress.cli.compress import check_folder
-from hf_compress.cli.data import label_names, load_shuffled, tokenized
+from hf_compress.cli.data import bare_name, check_length, label_names, load_shuffled, tokenized
 from hf_compress.measure import environment
 from hf_compress.pruning.calibration import Batch
 from hf_compress.publishing.audit import Audit
@@ -36,10 +36,10 @@ Reads = Literal["nothing", "texts", "labels"]
 
 
 def check(arguments: CalibrationArguments, reads: Reads) -> None:
-    """Raises ValueError for settings that are wrong whatever the model is, RuntimeError where several
-    processes were launched."""
+    """Raises ValueError for settings that are wrong whatever the model is, and where several processes
+    were launched."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError("this command is one process, which uses all GPUs: launch only one.")
+        raise ValueError("this command is one process, which uses all GPUs: launch only one.")
     for name in ("rows", "batch_size", "max_length"):
         if vars(arguments)[name] < 1:
             raise ValueError(f"`{name}` is {vars(arguments)[name]}: pass 1 or more.")
@@ -91,7 +91,8 @@ def finish(
 ) -> None:
     """Writes `<command>.json` beside the audited files, and prints a table of what was found."""
     folder = Path(arguments.output_dir)
-    settings = asdict(arguments) | {name: _name(vars(arguments)[name]) for name in ("model", "dataset")}
+    settings = asdict(arguments)
+    settings |= {name: bare_name(settings[name]) for name in ("model", "dataset")}
     del settings["output_dir"]
     content = {
         "command": command,
@@ -109,11 +110,7 @@ def finish(
 def _batches(
     arguments: CalibrationArguments, tokenizer: PreTrainedTokenizerBase, reads: Reads
 ) -> list[Batch]:
-    if arguments.max_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"`max_length` is {arguments.max_length}: this tokenizer is for at most "
-            f"{tokenizer.model_max_length} tokens."
-        )
+    check_length(arguments, tokenizer)
     if arguments.task == "causal-lm":
         ids = _full_rows(arguments, tokenizer)
         parts = ids.split(arguments.batch_size)
@@ -158,8 +155,3 @@ def _class_order(arguments: CalibrationArguments, names: list[str]) -> list[str]
         f"{arguments.dataset} has the classes {names}, but the model knows {own}: pass what the model "
         "was trained for."
     )
-
-
-def _name(place: str | None) -> str | None:
-    """Without the folders of this machine."""
-    return place if place is None or not Path(place).exists() else Path(place).name

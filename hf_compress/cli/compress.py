@@ -18,13 +18,16 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     Trainer,
     set_seed,
 )
 
 from hf_compress.cli.arguments import CompressArguments
-from hf_compress.cli.data import label_names, load_splits, tokenized
+from hf_compress.cli.data import check_length, label_names, load_splits, tokenized
+from hf_compress.cli.errors import FirstStep, refusing, refusing_until
 from hf_compress.cli.methods import pruning_callback
+from hf_compress.cli.published import publish_into
 from hf_compress.cli.recipe import parse
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.layers import student_from_teacher
@@ -33,22 +36,41 @@ from hf_compress.metrics import functions
 
 
 def main(argv: list[str]) -> None:
-    arguments, training = parse(argv, CompressArguments, DistillationArguments)
-    check_ranks()
-    check_folder(training.output_dir)
-    if training.resume_from_checkpoint is not None:
-        check_checkpoint(training.resume_from_checkpoint)
-    trainer = build(arguments, training)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    with refusing():
+        arguments, training = parse(argv, CompressArguments, DistillationArguments)
+        check_ranks()
+        check_folder(training.output_dir)
+        if training.resume_from_checkpoint is not None:
+            check_checkpoint(training.resume_from_checkpoint)
+        trainer, split = build(arguments, training)
+    first_step = FirstStep()
+    trainer.add_callback(first_step)
+    with refusing_until(first_step):
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        print("no card was written: the model is sharded, and only a whole one can be measured.")
+        return
+    baseline = dense_model(arguments, trainer)
+    publish_into(Path(training.output_dir), trainer, arguments, split=split, baseline=baseline)
 
 
-def build(arguments: CompressArguments, training: DistillationArguments) -> Trainer:
-    """The trainer that these arguments describe, with everything checked that can be checked now."""
+def dense_model(arguments: CompressArguments, trainer: Trainer) -> PreTrainedModel | None:
+    """`model` as it was given; None where `publish` takes the teacher, or it was sparse already."""
+    if arguments.teacher is not None or arguments.method == "keep":
+        return None
+    trained: Any = trainer.model
+    classify = arguments.task == "text-classification"
+    return load_model(arguments, list(trained.config.id2label.values()) if classify else None)
+
+
+def build(arguments: CompressArguments, training: DistillationArguments) -> tuple[Trainer, str]:
+    """The trainer that these arguments describe, and what the rows are called that it evaluates, with
+    everything checked that can be checked now."""
     callback = pruning_callback(arguments, training)
     if callback is None and arguments.teacher is None:
         raise ValueError("nothing to do: pass `sparsity`, `method`, `teacher`, or several of them.")
@@ -56,14 +78,18 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> Trai
         raise ValueError("`teacher_bits` is there, but no `teacher`: pass both or neither.")
     set_seed(training.seed)
     with training.main_process_first():
-        train, test = load_splits(arguments)
+        train, test, split = load_splits(arguments)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        check_length(arguments, tokenizer)
         classify = arguments.task == "text-classification"
         names = label_names(train, arguments.label_column) if classify else None
         train = tokenized(train, tokenizer, arguments, names)
         test = tokenized(test, tokenizer, arguments, names)
+    model = load_model(arguments, names)
+    if arguments.student_layers is not None:
+        model = student_from_teacher(model, arguments.student_layers)
     settings: dict[str, Any] = {
-        "model": load_model(arguments, names),
+        "model": model,
         "args": training,
         "train_dataset": train,
         "eval_dataset": test,
@@ -81,10 +107,11 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> Trai
         trainer = Trainer(**settings)
         if callback is not None:
             callback.attach(trainer)
-        return trainer
-    return DistillationTrainer(
+        return trainer, split
+    trainer = DistillationTrainer(
         **settings, teacher=arguments.teacher, teacher_bits=arguments.teacher_bits
     )
+    return trainer, split
 
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -93,10 +120,10 @@ def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def check_ranks() -> None:
-    """Raises RuntimeError where several processes were launched that did not find each other."""
+    """Raises ValueError where several processes were launched that did not find each other."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and PartialState().num_processes == 1:
-        raise RuntimeError(
+        raise ValueError(
             f"{launched} processes were launched, but each would train alone. On CPU pass --use_cpu."
         )
 
@@ -135,18 +162,13 @@ def check_checkpoint(folder: str) -> None:
 
 
 def load_model(arguments: CompressArguments, names: list[str] | None) -> Any:
-    model: Any
     if names is None:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            arguments.model,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-            # A head made for other classes is made anew, and transformers says so.
-            ignore_mismatched_sizes=True,
-        )
-    if arguments.student_layers is not None:
-        model = student_from_teacher(model, arguments.student_layers)
-    return model
+        return AutoModelForCausalLM.from_pretrained(arguments.model)
+    return AutoModelForSequenceClassification.from_pretrained(
+        arguments.model,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        # A head made for other classes is made anew, and transformers says so.
+        ignore_mismatched_sizes=True,
+    )

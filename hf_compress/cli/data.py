@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import PreTrainedTokenizerBase
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hf_compress.cli.arguments import CompressArguments, DataArguments
 from hf_compress.samples import CORPORA, corpus
@@ -14,8 +15,9 @@ from hf_compress.samples import CORPORA, corpus
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_splits(arguments: CompressArguments) -> tuple[Dataset, Dataset]:
-    """Raw train and eval split. A dataset without the eval split gives a tenth of its train rows.
+def load_splits(arguments: CompressArguments) -> tuple[Dataset, Dataset, str]:
+    """Raw train and eval split, and what the latter is called. A dataset without the eval split gives
+    a tenth of its train rows.
 
     Raises ValueError for a split or column that is not there, and for an empty split.
     """
@@ -23,15 +25,16 @@ def load_splits(arguments: CompressArguments) -> tuple[Dataset, Dataset]:
     classify = arguments.task == "text-classification"
     train = _train_split(data, arguments, labelled=classify)
     if arguments.eval_split in data:
-        test = data[arguments.eval_split]
+        test, name = data[arguments.eval_split], arguments.eval_split
     else:
         parts = train.train_test_split(test_size=0.1, seed=0)
         train, test = parts["train"], parts["test"]
+        name = f"a held-out tenth of {arguments.train_split}"
     train, test = _first(train, arguments.max_train_rows), _first(test, arguments.max_eval_rows)
     for split, rows in (("train", train), ("eval", test)):
         if len(rows) == 0:
             raise ValueError(f"the {split} split of {arguments.dataset} is empty.")
-    return train, test
+    return train, test, name
 
 
 def load_shuffled(arguments: DataArguments, *, labelled: bool) -> Dataset:
@@ -72,6 +75,23 @@ def tokenized(
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
+def check_length(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a `max_length` that the model or its tokenizer is not made for."""
+    config = AutoConfig.from_pretrained(arguments.model)
+    # Not every architecture counts positions, and not every tokenizer knows of its model's.
+    positions = getattr(config, "max_position_embeddings", None) or arguments.max_length
+    most = min(positions, tokenizer.model_max_length)
+    if arguments.max_length > most:
+        raise ValueError(
+            f"`max_length` is {arguments.max_length}: {arguments.model} is for at most {most} tokens."
+        )
+
+
+def bare_name(place: str | None) -> str | None:
+    """Without the folders of this machine."""
+    return place if place is None or not Path(place).exists() else Path(place).name
+
+
 def _load(arguments: DataArguments) -> DatasetDict:
     name = arguments.dataset
     if name is None:
@@ -85,7 +105,10 @@ def _load(arguments: DataArguments) -> DatasetDict:
         if path.suffix not in _READERS:
             raise ValueError(f"{name}: pass a file of kind {sorted(_READERS)}.")
         options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        return load_dataset(_READERS[path.suffix], data_files=name, **options)
+        try:
+            return load_dataset(_READERS[path.suffix], data_files=name, **options)
+        except DatasetGenerationError as error:
+            raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     return load_dataset(name, arguments.dataset_config)
 
 

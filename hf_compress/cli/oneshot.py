@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from hf_compress.cli.arguments import CalibrationArguments
 from hf_compress.cli.calibrated import Reads, check, finish, loaded
+from hf_compress.cli.errors import refusing
 from hf_compress.cli.recipe import parse
 from hf_compress.pruning.oneshot.prune import OneShotReport, OneShotScore, prune_oneshot_
 from hf_compress.pruning.oneshot.requirements import parse_pattern
@@ -36,26 +37,27 @@ class OneShotArguments(CalibrationArguments):
 
 
 def main(argv: list[str]) -> None:
-    (arguments,) = parse(argv, OneShotArguments)
-    n_of_m, sparsity = parse_pattern(arguments.pattern, arguments.sparsity)
-    reads: Reads = "nothing" if arguments.score == "magnitude" else "texts"
-    check(arguments, reads)
-    folder = Path(arguments.output_dir)
-    with loaded(arguments, reads) as (model, tokenizer, batches):
-        targets = find_targets(model, arguments.targets, arguments.ignore).targets
-        # Known before the work: what cannot be counted in the files is refused here.
-        written = written_as(model, targets)
-        report = prune_oneshot_(
-            model,
-            batches,
-            score=arguments.score,
-            sparsity=arguments.sparsity,
-            pattern=arguments.pattern,
-            targets=arguments.targets,
-            ignore=arguments.ignore,
-        )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with refusing():
+        (arguments,) = parse(argv, OneShotArguments)
+        n_of_m, sparsity = parse_pattern(arguments.pattern, arguments.sparsity)
+        reads: Reads = "nothing" if arguments.score == "magnitude" else "texts"
+        check(arguments, reads)
+        folder = Path(arguments.output_dir)
+        with loaded(arguments, reads) as (model, tokenizer, batches):
+            targets = find_targets(model, arguments.targets, arguments.ignore).targets
+            # Known before the work: what cannot be counted in the files is refused here.
+            written = written_as(model, targets)
+            report = prune_oneshot_(
+                model,
+                batches,
+                score=arguments.score,
+                sparsity=arguments.sparsity,
+                pattern=arguments.pattern,
+                targets=arguments.targets,
+                ignore=arguments.ignore,
+            )
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     found = audit(folder, targets=[tensor for names in written.values() for tensor in names])
     for names in written.values():
         found.check(names, sparsity)

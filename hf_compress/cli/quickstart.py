@@ -21,15 +21,15 @@ from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.cli.arguments import CompressArguments
 from hf_compress.cli.compress import check_folder, compute_accuracy, load_model
 from hf_compress.cli.data import label_names, load_splits, tokenized
+from hf_compress.cli.errors import refusing
+from hf_compress.cli.published import print_table, publish_run
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.layers import student_from_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
-from hf_compress.publishing.publish import publish
 from hf_compress.samples import minilm
 
 LENGTH = 40
 BATCH = 32
-TIMED = 16  # rows of the batch whose latency is measured
 
 # Runs with `python -I`: neither the checkout nor PYTHONPATH is on its path.
 _STRANGER = """
@@ -60,19 +60,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--student_epochs", type=float, default=1.5)
     parser.add_argument("--rows", type=int, help="use so many training and test rows, for a quick look")
     options = parser.parse_args(argv)
-    check_folder(options.output_dir)
     folder = Path(options.output_dir)
     set_seed(0)
-    # Refuses a wrong sparsity now rather than after the teacher is trained.
-    pruning = PruningCallback(options.sparsity)
-    arguments = CompressArguments(
-        model=minilm(),
-        dataset="reuters-r8",
-        max_length=LENGTH,
-        max_train_rows=options.rows,
-        max_eval_rows=options.rows,
-    )
-    train, test = load_splits(arguments)
+    with refusing():
+        check_folder(options.output_dir)
+        # Refuses a wrong sparsity now rather than after the teacher is trained.
+        pruning = PruningCallback(options.sparsity)
+        arguments = CompressArguments(
+            model=minilm(),
+            dataset="reuters-r8",
+            max_length=LENGTH,
+            max_train_rows=options.rows,
+            max_eval_rows=options.rows,
+        )
+        train, test, split = load_splits(arguments)
     names = label_names(train, arguments.label_column)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     teacher = load_model(arguments, names)
@@ -96,18 +97,16 @@ def main(argv: list[str]) -> None:
     )
     trainer.train()
     name = f"minilm-r8-{options.layers}layers-sparse{100 * options.sparsity:.0f}"
-    student = publish(
+    student = folder / name
+    report = publish_run(
         trainer,
-        folder=folder / name,
+        arguments,
+        student,
+        split=split,
         baseline=teacher,
-        inputs=_timed(data),
         base_model="sentence-transformers/all-MiniLM-L6-v2",
-        dataset=arguments.dataset,
-        split=arguments.eval_split,
-        metric="accuracy",
     )
-    report = json.loads((student / "report.json").read_text())
-    _print_table(report["dense"], report["compressed"])
+    print_table(report, "teacher", "student")
     reloaded = evaluate_as_a_stranger(student, test)
     print(f"reloaded from {student} by plain transformers: accuracy {reloaded:.4g}")
 
@@ -127,12 +126,6 @@ def evaluate_as_a_stranger(folder: Path, test: Dataset) -> float:
     return float(run.stdout)
 
 
-def _timed(data: dict[str, Any]) -> dict[str, Any]:
-    rows = [data["eval_dataset"][place] for place in range(min(TIMED, len(data["eval_dataset"])))]
-    batch = data["data_collator"](rows)
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-
 def _arguments(folder: Path, epochs: float) -> DistillationArguments:
     return DistillationArguments(
         str(folder / "training"),
@@ -148,17 +141,3 @@ def _arguments(folder: Path, epochs: float) -> DistillationArguments:
         alpha=0.5,
         seed=0,
     )
-
-
-def _print_table(dense: dict[str, Any], compressed: dict[str, Any]) -> None:
-    rows = {
-        "accuracy": [model["metrics"]["accuracy"] for model in (dense, compressed)],
-        "megabytes": [model["bytes"] / 1e6 for model in (dense, compressed)],
-        "parameters": [model["parameters"] for model in (dense, compressed)],
-        "nonzeros": [model["nonzeros"] for model in (dense, compressed)],
-        "latency_ms": [model["latency"]["median_ms"] for model in (dense, compressed)],
-    }
-    print(f"\n{'':14}{'teacher':>14}{'student':>14}{'ratio':>9}")
-    for name, (teacher, student) in rows.items():
-        pattern = ",.0f" if name in ("parameters", "nonzeros") else ".4g"
-        print(f"{name:14}{teacher:>14{pattern}}{student:>14{pattern}}{student / teacher:>9.3f}")

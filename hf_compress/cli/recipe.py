@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,8 +17,8 @@ def parse(argv: list[str], *kinds: type) -> tuple[Any, ...]:
     """One filled instance of each dataclass in `kinds`, from `--config recipe.yaml` and flags; a flag
     wins over the recipe.
 
-    Raises ValueError for an unknown flag, and for a recipe that is not there, is broken yaml, or has
-    unknown keys; wrong types and missing flags end the program with the usual message of argparse.
+    Raises ValueError for an unknown or missing flag, a value of a wrong type, and for a recipe that is
+    not there, is broken yaml, or has unknown keys.
     """
     known = {field.name for kind in kinds for field in fields(kind)}
     flags = list(argv)
@@ -29,7 +29,7 @@ def parse(argv: list[str], *kinds: type) -> tuple[Any, ...]:
             raise ValueError("--config wants the path of a recipe.")
         recipe = _read_recipe(Path(flags[place + 1]), known)
         del flags[place : place + 2]
-    parser = HfArgumentParser(kinds)  # type: ignore[arg-type]
+    parser = _Parser(kinds)  # type: ignore[arg-type]
     *filled, unknown = parser.parse_args_into_dataclasses(
         [*recipe, *flags], return_remaining_strings=True
     )
@@ -38,6 +38,13 @@ def parse(argv: list[str], *kinds: type) -> tuple[Any, ...]:
         names = f"near names: {', '.join(near)}" if near else "`--help` lists the known ones"
         raise ValueError(f"{unknown[0]!r} is no flag of this command; {names}.")
     return tuple(filled)
+
+
+class _Parser(HfArgumentParser):
+    """Without the usage, which with all the settings of a training is a screenful before the error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `--help` lists the flags.")
 
 
 class _Loader(yaml.SafeLoader):

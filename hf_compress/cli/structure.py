@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hf_compress.cli.arguments import CalibrationArguments
 from hf_compress.cli.calibrated import Reads, check, finish, loaded
+from hf_compress.cli.errors import refusing
 from hf_compress.cli.recipe import parse
 from hf_compress.pruning.structure.choice import check_fraction
 from hf_compress.pruning.structure.removal import prune_structure
@@ -38,28 +39,29 @@ class StructureArguments(CalibrationArguments):
 
 
 def main(argv: list[str]) -> None:
-    (arguments,) = parse(argv, StructureArguments)
-    for name in ("ffn", "heads", "experts"):
-        check_fraction(name, vars(arguments)[name])
-    if arguments.layers is None and not (arguments.ffn or arguments.heads or arguments.experts):
-        raise ValueError("nothing to remove: pass `ffn`, `heads`, `experts` or `layers`.")
-    reads = READS[arguments.score]
-    check(arguments, reads)
-    with loaded(arguments, reads) as (model, tokenizer, batches):
-        smaller = prune_structure(
-            model,
-            ffn=arguments.ffn,
-            heads=arguments.heads,
-            experts=arguments.experts,
-            layers=arguments.layers,
-            score=arguments.score,
-            calibration=batches,
-            round_to=arguments.round_to,
-            seed=arguments.seed,
-        )
-        before, expected = model.num_parameters(), smaller.num_parameters()
-        smaller.save_pretrained(arguments.output_dir)
-        tokenizer.save_pretrained(arguments.output_dir)
+    with refusing():
+        (arguments,) = parse(argv, StructureArguments)
+        for name in ("ffn", "heads", "experts"):
+            check_fraction(name, vars(arguments)[name])
+        if arguments.layers is None and not (arguments.ffn or arguments.heads or arguments.experts):
+            raise ValueError("nothing to remove: pass `ffn`, `heads`, `experts` or `layers`.")
+        reads = READS[arguments.score]
+        check(arguments, reads)
+        with loaded(arguments, reads) as (model, tokenizer, batches):
+            smaller = prune_structure(
+                model,
+                ffn=arguments.ffn,
+                heads=arguments.heads,
+                experts=arguments.experts,
+                layers=arguments.layers,
+                score=arguments.score,
+                calibration=batches,
+                round_to=arguments.round_to,
+                seed=arguments.seed,
+            )
+            before, expected = model.num_parameters(), smaller.num_parameters()
+            smaller.save_pretrained(arguments.output_dir)
+            tokenizer.save_pretrained(arguments.output_dir)
     found = audit(arguments.output_dir)
     if found.parameters != expected:
         raise ValueError(f"the files hold {found.parameters:,} parameters, not {expected:,}.")

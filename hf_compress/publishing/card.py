@@ -22,6 +22,9 @@ EFFICIENCY = {
     "latency, median, ms": ("latency", "median_ms"),
     "latency, 95th percentile, ms": ("latency", "p95_ms"),
 }
+# Below so many times the accuracy of guessing a model has not learnt the task.
+_NEAR_CHANCE = 1.2
+_MUCH_BETTER = 105.0  # percent of recovery: no noise of an evaluation
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -102,6 +105,26 @@ def efficiency_table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def caution(report: Mapping[str, Any]) -> str | None:
+    """A sentence where the recovery of the report's metric says more about the dense model than about
+    the compression; else None."""
+    metric, recovery = report["metric"], report["recovery"]
+    if metric not in recovery:
+        return None
+    dense, chance = report["dense"]["metrics"][metric], report["chance"]
+    if metric == "accuracy" and chance is not None and dense < _NEAR_CHANCE * chance:
+        return (
+            f"The dense model is hardly better than guessing ({_number(chance)}): it was not "
+            "fine-tuned for this task, and a recovery against it says nothing about the compression."
+        )
+    if recovery[metric] > _MUCH_BETTER:
+        return (
+            "The dense model is much the worse of the two here, as one is that was not fine-tuned for "
+            "this task: a recovery above 100 % says that, and not that compression improved it."
+        )
+    return None
+
+
 def lookup(measurement: Mapping[str, Any] | None, path: tuple[str, ...]) -> Any:
     """The value at `path`, None where any part of it was not measured."""
     value: Any = measurement
@@ -144,8 +167,10 @@ def _headline(report: Mapping[str, Any]) -> str:
     score = f"It reaches {_number(report['compressed']['metrics'][metric])} {metric}{where}"
     if metric not in report["recovery"]:
         return f"{score}; the dense model was not measured."
-    dense = _number(report["dense"]["metrics"][metric])
-    return f"{score}; the dense model, {dense} (recovery {report['recovery'][metric]:.2f} %)."
+    score += f"; the dense model, {_number(report['dense']['metrics'][metric])}"
+    if sentence := caution(report):
+        return f"{score}. {sentence}"
+    return f"{score} (recovery {report['recovery'][metric]:.2f} %)."
 
 
 def _stored(report: Mapping[str, Any]) -> str:

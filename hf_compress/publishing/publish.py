@@ -227,6 +227,7 @@ def _report(
         "quantized": bits_of(model),
         "license": {"id": labels.license, "name": labels.license_name},
         "dataset": {"name": labels.dataset, "split": labels.split, "rows": rows(trainer)},
+        "chance": _chance(model),
         "dense_name": None if baseline is None else _describe(baseline, trainer),
         "audit": found.to_dict(),
         "recipe": asdict(recipe),
@@ -246,6 +247,17 @@ def _describe(baseline: PreTrainedModel, trainer: Any) -> str:
     role = "the teacher" if baseline is teacher_of(trainer) else "the model before"
     name = hub_id(baseline.config.name_or_path) or type(baseline).__name__
     return f"{role}, {name} in {precision_of(baseline)}"
+
+
+def _chance(model: PreTrainedModel) -> float | None:
+    """Accuracy of guessing among the classes; None for other tasks than one class for each row."""
+    tag, config = _pipeline_tag(type(model).__name__) or "", model.config
+    if not tag.endswith("classification") or tag == "token-classification":
+        return None
+    if config.problem_type not in (None, "single_label_classification"):
+        return None
+    classes = config.num_labels or 1
+    return 1 / classes if classes > 1 else None
 
 
 def _pipeline_tag(class_name: str) -> str | None:

@@ -135,7 +135,7 @@ def test_the_given_model_is_not_overwritten(classifier, tmp_path):
 
 def test_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="launch only one"):
+    with pytest.raises(ValueError, match="launch only one"):
         check(arguments("no/model", tmp_path), "texts")
 
 

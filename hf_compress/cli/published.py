@@ -1,0 +1,95 @@
+"""The end of the commands that train: a published folder, and what was measured as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from hf_compress.cli.arguments import CompressArguments
+from hf_compress.cli.data import bare_name
+from hf_compress.publishing.card import caution, lookup
+from hf_compress.publishing.folder import on_main_process
+from hf_compress.publishing.publish import publish
+
+TIMED = 16  # rows of the batch whose latency is measured
+METRICS = {"text-classification": "accuracy", "causal-lm": "perplexity"}
+
+
+def publish_run(
+    trainer: Trainer,
+    arguments: CompressArguments,
+    folder: Path,
+    *,
+    split: str,
+    baseline: PreTrainedModel | None = None,
+    base_model: str | None = None,
+) -> dict[str, Any]:
+    """`publish` with what the arguments tell; the report. On several ranks call it on each."""
+    publish(
+        trainer,
+        folder=folder,
+        baseline=baseline,
+        inputs=_timed(trainer),
+        base_model=base_model,
+        dataset=bare_name(arguments.dataset),
+        split=split,
+        metric=METRICS[arguments.task],
+    )
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def publish_into(
+    output: Path,
+    trainer: Trainer,
+    arguments: CompressArguments,
+    *,
+    split: str,
+    baseline: PreTrainedModel | None,
+) -> None:
+    """`publish_run` to a folder that has other files of the training too; prints the table once."""
+    output = output.absolute()
+    # Under the name that the card shall have.
+    folder = output / output.name
+
+    def move_up() -> None:
+        for file in folder.iterdir():
+            file.replace(output / file.name)
+        folder.rmdir()
+
+    report = publish_run(trainer, arguments, folder, split=split, baseline=baseline)
+    on_main_process(move_up)
+    if trainer.is_world_process_zero():
+        print_table(report, "dense", "compressed")
+        print(f"model, card and report are in {output}")
+
+
+def print_table(report: dict[str, Any], dense: str, compressed: str) -> None:
+    """Scores, size and latency of both models, under these names."""
+    rows = {
+        report["metric"]: ("metrics", report["metric"]),
+        "megabytes": ("bytes",),
+        "parameters": ("parameters",),
+        "nonzeros": ("nonzeros",),
+        "latency_ms": ("latency", "median_ms"),
+    }
+    print(f"\n{'':14}{dense:>14}{compressed:>14}{'ratio':>9}")
+    for name, path in rows.items():
+        values = [lookup(report[side], path) for side in ("dense", "compressed")]
+        if name == "megabytes":
+            values = [None if value is None else value / 1e6 for value in values]
+        pattern = ",.0f" if name in ("parameters", "nonzeros") else ".4g"
+        cells = ["-" if value is None else f"{value:{pattern}}" for value in values]
+        ratio = f"{values[1] / values[0]:.3f}" if values[0] else "-"
+        print(f"{name:14}{cells[0]:>14}{cells[1]:>14}{ratio:>9}")
+    if sentence := caution(report):
+        print(sentence)
+
+
+def _timed(trainer: Trainer) -> dict[str, Tensor]:
+    data: Any = trainer.eval_dataset
+    batch = trainer.data_collator([data[place] for place in range(min(TIMED, len(data)))])
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
