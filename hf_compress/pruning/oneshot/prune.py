@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,17 +10,15 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_compress.frozen import evaluating
 from hf_compress.pruning.calibration import Batch, check_calibration
-from hf_compress.pruning.oneshot.layer_inputs import Accumulate, LayerInputs, Seen, eager_experts
-from hf_compress.pruning.oneshot.lockstep import called_once, is_inside, lockstep
+from hf_compress.pruning.oneshot.layer_inputs import Accumulate, Seen
+from hf_compress.pruning.oneshot.layerwise import layer_by_layer, matrices
 from hf_compress.pruning.oneshot.offloading import in_memory
 from hf_compress.pruning.oneshot.requirements import (
+    check_damping,
     check_experts,
-    check_seen,
     check_targets,
     parse_pattern,
 )
@@ -30,7 +27,7 @@ from hf_compress.pruning.oneshot.wanda import add_squares, wanda_mask
 from hf_compress.pruning.patterns import keep_n_of_m
 from hf_compress.pruning.scores import magnitude
 from hf_compress.pruning.select import keep_highest
-from hf_compress.targets import Selection, Target, find_targets, without_adapters
+from hf_compress.targets import Selection, Target, find_targets
 
 OneShotScore = Literal["sparsegpt", "wanda", "magnitude"]
 
@@ -167,8 +164,7 @@ def _method(
         raise ValueError(
             f"`block_size` is {block_size}: make it a multiple of {n_of_m[1]}, lest it cut the groups."
         )
-    if not isinstance(damping, int | float) or not 0.0 < damping < math.inf:
-        raise ValueError(f"`damping` is {damping!r}: it is a fraction above 0, such as 0.01.")
+    check_damping(damping)
     return Method(
         add_gram,
         prepare=partial(inverse_factor, damping=damping),
@@ -182,7 +178,7 @@ def _prune_without_inputs(
     found = {}
     for target in logging.tqdm(selection.targets.values(), desc="Pruning", unit="weight"):
         with in_memory(model, target.name) as param:
-            nothing = [Seen() for _ in _matrices(param, target)]
+            nothing = [Seen() for _ in matrices(param, target)]
             found[target.name] = _prune_(param, target, nothing, lambda weight, _: by_magnitude(weight))
     return found
 
@@ -206,44 +202,19 @@ def _prune_layer_by_layer(
             return by_magnitude(weight)
         return method.prune(weight, prepared(seen).to(weight.device))
 
-    with evaluating(model), eager_experts(model, targets):
-        layers = called_once(model, batches[0], {target.owner for target in targets})
-        decoder = _decoder_around(model, layers)
-        inputs = LayerInputs(batches, method.accumulate)
-        with (
-            closing(lockstep(model, batches, {*layers, *decoder})) as steps,
-            logging.tqdm(total=len(layers), desc="Pruning", unit="layer") as bar,
-        ):
-            for name, calls in steps:
-                if name in decoder:
-                    inputs.enter_decoder(calls)
-                    continue
-                own = [t for t in targets if t.owner == name or is_inside(t.owner, name)]
-                seen = inputs.of(model, name, calls, own)
-                del calls  # what the forwards, going on, let go of
-                for target in own:
-                    check_seen(target.name, seen[target.name])
-                    with in_memory(model, target.name) as param:
-                        found[target.name] = _prune_(param, target, seen[target.name], prune)
-                bar.update()
+    steps = layer_by_layer(model, batches, targets, method.accumulate, desc="Pruning")
+    with closing(steps):
+        for target, seen in steps:
+            with in_memory(model, target.name) as param:
+                found[target.name] = _prune_(param, target, seen, prune)
     return found
-
-
-def _decoder_around(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """The name of the decoder, in a model that also has an encoder, if it holds any of `layers`."""
-    inner = without_adapters(model)
-    if not isinstance(inner, PreTrainedModel) or not inner.config.is_encoder_decoder:
-        return []
-    decoder = inner.get_decoder()
-    names = [name for name, module in model.named_modules() if module is decoder]
-    return [name for name in names if any(is_inside(layer, name) for layer in layers)]
 
 
 def _prune_(
     param: Tensor, target: Target, seen: Sequence[Seen], prune: Callable[[Tensor, Seen], Tensor]
 ) -> PrunedWeight:
     lost = energy = 0.0
-    for matrix, inputs in zip(_matrices(param, target), seen, strict=True):
+    for matrix, inputs in zip(matrices(param, target), seen, strict=True):
         dense = matrix.float().contiguous()
         pruned = prune(dense, inputs)
         lost += _output_energy(dense - pruned, inputs.total)
@@ -263,11 +234,3 @@ def _output_energy(weight: Tensor, total: Tensor | None) -> float:
         return weight.square().sum().item()
     total = total.to(weight.device)
     return ((weight @ total if total.dim() == 2 else weight * total) * weight).sum().item()
-
-
-def _matrices(param: Tensor, target: Target) -> list[Tensor]:
-    """Views (out, in) of a weight, one for each of stacked experts."""
-    if target.stacked:
-        return list(param.detach())
-    matrix = param.detach()
-    return [matrix.t() if target.input_dim == 0 else matrix]

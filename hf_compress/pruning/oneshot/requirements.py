@@ -1,7 +1,8 @@
-"""What one-shot pruning needs, and what it refuses."""
+"""What compression in one shot needs, and what it refuses."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from accelerate.utils import has_offloaded_params
@@ -29,6 +30,12 @@ def parse_pattern(pattern: str, sparsity: float | None) -> tuple[tuple[int, int]
     return (parsed.kept, parsed.group), sparsity_of(parsed, sparsity)
 
 
+def check_damping(damping: float) -> None:
+    """Raises ValueError where `damping` is not above 0."""
+    if not isinstance(damping, int | float) or not 0.0 < damping < math.inf:
+        raise ValueError(f"`damping` is {damping!r}: it is a fraction above 0, such as 0.01.")
+
+
 def check_targets(model: nn.Module, selection: Selection, n_of_m: tuple[int, int] | None) -> None:
     for name, target in selection.targets.items():
         owner, param = model.get_submodule(target.owner), target.param
@@ -36,19 +43,19 @@ def check_targets(model: nn.Module, selection: Selection, n_of_m: tuple[int, int
         if not (stacked or isinstance(owner, (nn.Linear, Conv1D))):
             raise ValueError(
                 f"`{name}` belongs to a {type(owner).__name__}: only Linear, Conv1D and stacked "
-                f"experts can be pruned in one shot. Leave it out: `ignore=[{name!r}]`."
+                f"experts can be compressed in one shot. Leave it out: `ignore=[{name!r}]`."
             )
         if stacked and vars(owner).get("is_transposed"):
             raise ValueError(
-                f"`{name}` holds experts as (in, out), which cannot be pruned in one shot yet. "
+                f"`{name}` holds experts as (in, out), which cannot be compressed in one shot yet. "
                 f"Leave it out: `ignore=[{name!r}]`."
             )
         if isinstance(param, DTensor):
-            raise ValueError(f"`{name}` is sharded: prune the model before it is distributed.")
+            raise ValueError(f"`{name}` is sharded: compress the model before it is distributed.")
         if param.is_meta and not has_offloaded_params(owner):
             raise ValueError(f"`{name}` is on the meta device: load the weights of the model first.")
         if not (param.is_meta or bool(param.isfinite().all())):
-            raise ValueError(f"`{name}` holds NaN or infinity: there is nothing to rank it by.")
+            raise ValueError(f"`{name}` holds NaN or infinity: load a model without.")
         width = param.shape[target.input_dim]
         if n_of_m is not None and width % n_of_m[1]:
             raise ValueError(
@@ -81,6 +88,6 @@ def check_seen(name: str, seen: Sequence[Seen]) -> None:
         )
     if unseen:
         logger.warning(
-            f"`{name}`: no position of the calibration is routed to experts {unseen}; they are "
-            "ranked by magnitude. More calibration reaches more experts."
+            f"`{name}`: no position of the calibration is routed to experts {unseen}; all of "
+            "their inputs count alike. More calibration reaches more experts."
         )

@@ -5,6 +5,8 @@ Frantar and Alistarh 2023, arXiv:2301.00774.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,29 +35,51 @@ def sparsegpt(
     """
     # Columns as rows: each step then reads and writes memory in one piece.
     columns = weight.t().clone(memory_format=torch.contiguous_format)  # (in, out)
-    width, rows = columns.shape
+    rows = columns.shape[1]
     scales = factor.diagonal()[:, None]  # (in, 1): the square root of [H^-1]_jj
-    pruned_before = 0
+    pruned = torch.zeros_like(columns, dtype=torch.bool)
+
+    def without_the_lowest(j: int, rest: Tensor) -> Tensor:
+        if n_of_m is not None:
+            if j % n_of_m[1] == 0:
+                group = slice(j, j + n_of_m[1])
+                score = (rest[: n_of_m[1]] / scales[group]).abs_()
+                pruned[group] = ~keep_n_of_m(score.t(), *n_of_m).t()
+        elif j % block_size == 0:
+            end = j + len(rest)
+            count = round(sparsity * rows * end) - round(sparsity * rows * j)
+            pruned[j:end] = _lowest(rest / scales[j:end], count)
+        return rest[0].masked_fill(pruned[j], 0)
+
+    sweep_(columns, factor, without_the_lowest, block_size=block_size)
+    return columns.t()
+
+
+def sweep_(
+    columns: Tensor,
+    factor: Tensor,
+    replace: Callable[[int, Tensor], Tensor],
+    *,
+    block_size: int = 128,
+) -> None:
+    """Replaces one input column of a weight after the other, in place, and updates those that follow so
+    that the layer's output stays near: the optimal brain surgeon's step.
+
+    columns: (in, out), fp32. factor: (in, in), from `inverse_factor`.
+    replace(j, rest): what becomes of column j, the first of `rest`: it and those that follow in its
+        block, as they are by then, (up to block_size, out).
+    block_size: columns after which the rest of the matrix is updated.
+    """
+    width = len(columns)
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
-        block, scale = columns[start:end], scales[start:end]
-        if n_of_m is None:
-            pruned_until = round(sparsity * rows * end)
-            pruned = _lowest(block / scale, pruned_until - pruned_before)
-            pruned_before = pruned_until
-        else:
-            pruned = torch.zeros_like(block, dtype=torch.bool)
-        errors = torch.empty_like(block)
-        for i in range(end - start):
-            if n_of_m is not None and i % n_of_m[1] == 0:
-                group = slice(i, i + n_of_m[1])
-                score = (block[group] / scale[group]).abs_()
-                pruned[group] = ~keep_n_of_m(score.t(), *n_of_m).t()
-            errors[i] = block[i] * pruned[i] / scale[i]
-            block[i + 1 :].addr_(factor[start + i, start + i + 1 : end], errors[i], alpha=-1)
-        block.masked_fill_(pruned, 0)
+        errors = torch.empty_like(columns[start:end])
+        for j in range(start, end):
+            replaced = replace(j, columns[j:end])
+            error = torch.sub(columns[j], replaced, out=errors[j - start]).div_(factor[j, j])
+            columns[j] = replaced
+            columns[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
         columns[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-    return columns.t()
 
 
 def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
