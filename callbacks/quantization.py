@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_compress.callbacks.constraining import ConstrainingCallback
+from hf_compress.constraint import constrain
 from hf_compress.distributed import local
+from hf_compress.pruning.calibration import Batch, check_calibration
 from hf_compress.quantization.activations import InputQuantizer, check_inputs
+from hf_compress.quantization.calibrated import InputGrids, calibrated_grids
 from hf_compress.quantization.grids import Grid, GroupSize, check_bits, fake_quantize, grouped
 from hf_compress.quantization.plan import QuantizationPlan
 from hf_compress.quantization.quantizer import Quantizer
@@ -26,6 +29,10 @@ class QuantizationCallback(ConstrainingCallback):
         `hf_compress.quantization.quantizer.Quantizer`. From `end` on the grid is fixed.
     activations: 8 (or 2 to 8) to train with the inputs of the targeted layers as integers of so many
         bits too, from `start` on: see `hf_compress.quantization.activations.InputQuantizer`.
+    calibration: batches, mappings of tensors as the model's forward takes them, some 32 rows. With them
+        the inputs of a layer share one affine grid, which covers those of the batches; without, each
+        token has a grid of its own. The model runs through them when training begins, when its weights
+        get new bits, and at `end`, from where on these grids are fixed too. They are held in memory.
     targets, ignore: class names, module names or "re:" patterns, see
         `hf_compress.targets.find_targets`. By default the Linear and Conv1D layers and experts of the
         backbone; never embeddings, heads, norms, biases, adapters.
@@ -36,13 +43,16 @@ class QuantizationCallback(ConstrainingCallback):
     weights as never having stopped. With a `PruningCallback` on the same weights, in any order, what is
     pruned stays zero.
 
-    After training `grids` tells the scale and zero point of each weight, by name. The inputs of the
-    layers stay quantized, so that an evaluation still tells what was trained: `remove_hooks()` ends it.
+    After training `grids` tells the scale and zero point of each weight, by name; with `calibration`
+    `input_grids` tells those of the inputs of its layer. The inputs stay quantized, so that an
+    evaluation still tells what was trained: `remove_hooks()` ends it.
 
-    Raises ValueError when made with a value out of range, and when training begins: for targets that
-    match nothing, a `group_size` that does not divide, weights that are not finite, a schedule that
-    cannot finish, a checkpoint without its state, FSDP1, DeepSpeed, layer-wise or schedule-free
-    optimizers, models packed by bitsandbytes or whose weights are frozen under adapters.
+    Raises ValueError when made with a value out of range or an empty `calibration`, TypeError for one
+    that is not made of tensors; and ValueError when training begins: for targets that match nothing, a
+    `group_size` that does not divide, weights that are not finite, a calibration that does not reach a
+    layer, a schedule that cannot finish, a checkpoint without its state, FSDP1, DeepSpeed, layer-wise
+    or schedule-free optimizers, models packed by bitsandbytes or whose weights are frozen under
+    adapters.
     """
 
     def __init__(
@@ -57,6 +67,7 @@ class QuantizationCallback(ConstrainingCallback):
         interval: int | None = None,
         learn_scale: bool = False,
         activations: int | None = None,
+        calibration: Iterable[Batch] | None = None,
         targets: str | Sequence[str] | None = None,
         ignore: str | Sequence[str] | None = None,
     ) -> None:
@@ -72,10 +83,18 @@ class QuantizationCallback(ConstrainingCallback):
         self.targets = targets
         self.ignore = ignore
         self.grids: dict[str, Grid] = {}
+        self.input_grids: dict[str, Grid] = {}
         self._selection = Selection()
         self._inputs: InputQuantizer | None = None
+        self._kept: InputGrids | None = None
+        self._phase: tuple[int | None, bool] = (None, False)
         if activations is not None:
             check_bits("activations", activations)
+        elif calibration is not None:
+            raise ValueError(
+                "`calibration` finds grids for inputs: pass `activations=8` with it, or leave it out."
+            )
+        self._batches = [] if calibration is None else check_calibration(calibration)
         # Wrong settings are told here rather than when the training begins.
         self._quantizer = self._constraint({})
 
@@ -103,6 +122,7 @@ class QuantizationCallback(ConstrainingCallback):
             "interval": self.interval,
             "learn_scale": self.learn_scale,
             "activations": self.activations,
+            "calibration_batches": len(self._batches),
             "quantized": {name: grid.bits for name, grid in self.grids.items()},
             "skipped": self._selection.skipped,
         }
@@ -131,11 +151,18 @@ class QuantizationCallback(ConstrainingCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         **kwargs: object,
     ) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        if self._inputs is not None:
-            self._inputs.enabled = self._quantizer.width is not None
+        if self._inputs is None:
+            return
+        phase = (self._quantizer.width, self._quantizer.finished)
+        if self._kept is not None and phase != self._phase:
+            self._phase, self._inputs.enabled = phase, False
+            self._inputs.grids = self.input_grids = self._calibrated(model, self._kept)
+            self._kept.keep(self.input_grids)
+        self._inputs.enabled = self._quantizer.width is not None
 
     def on_train_end(
         self,
@@ -182,11 +209,31 @@ class QuantizationCallback(ConstrainingCallback):
     def _attach(self, state: TrainerState, model: Any, optimizer: Any) -> None:
         self.remove_hooks()
         self._selection = find_targets(model, self.targets, self.ignore)
-        if self.activations is not None:
-            check_inputs(self._selection.targets)
         self._quantizer = quantizer = self._constraint(self._selection.targets)
         parameters = self._selection.parameters
-        self._constrain(state, optimizer, parameters, quantizer, method="this quantization")
+        self.input_grids, self._kept = {}, None
         if self.activations is not None:
-            self._inputs = InputQuantizer(model, self._selection.targets, bits=self.activations)
+            check_inputs(self._selection.targets)
+            if self._batches:
+                self._kept = InputGrids(self.activations)
+        if self._kept is not None:
+            self._constraints = constrain(optimizer, parameters, self._kept)
+            # Before the weights are changed, since it may refuse.
+            self.input_grids = self._kept.grids or self._calibrated(model, self._kept)
+        self._constrain(state, optimizer, parameters, quantizer, method="this quantization")
+        if self._kept is not None:
+            if quantizer.begun and not self._kept.grids:
+                raise ValueError(
+                    f"the checkpoint of step {state.global_step} holds no grids for the inputs: resume "
+                    "with the `activations` and `calibration` that it was trained with."
+                )
+            self._kept.keep(self.input_grids)
+        self._phase = (quantizer.width, quantizer.finished)
+        if self.activations is not None:
+            self._inputs = InputQuantizer(
+                model, self._selection.targets, bits=self.activations, grids=self.input_grids
+            )
             self._inputs.enabled = quantizer.width is not None
+
+    def _calibrated(self, model: Any, kept: InputGrids) -> dict[str, Grid]:
+        return calibrated_grids(model, self._selection.targets, self._batches, bits=kept.bits)

@@ -3,41 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.quantization.grids import Scheme, fake_quantize, fit
+from hf_compress.quantization.grids import Grid, Scheme, clipped, fake_quantize, fit
 from hf_compress.targets import Target
 
 
 class InputQuantizer:
     """Fake-quantizes the inputs of layers by forward pre-hooks, until `remove()`.
 
-    Each token, the features along the last dimension, has a symmetric grid of its own, "absmax" in
-    `hf_compress.quantization.grids.Scheme`, found anew in each forward: nothing is calibrated or kept.
-    The gradient passes straight through. The module tree and the names of the weights stay as they are.
+    bits: 2 to 8.
+    grids: by the name of its weight a fixed grid for all inputs of a layer, whose scale and zero point
+        have no dimensions, as `hf_compress.quantization.calibrated.calibrated_grids` finds it. In a
+        layer without one each token, the features along the last dimension, has a symmetric grid of
+        its own, "absmax" in `hf_compress.quantization.grids.Scheme`, found anew in each forward.
 
-    bits: 2 to 8. `enabled` turns it off and on.
+    The gradient passes straight through, but not where a fixed grid clips. The module tree and the
+    names of the weights stay as they are. `enabled` turns it off and on; `grids` may be replaced.
+
     Raises ValueError for stacked experts, and for `bits` out of range.
     """
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Target], *, bits: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        *,
+        bits: int = 8,
+        grids: Mapping[str, Grid] | None = None,
+    ) -> None:
         self.enabled = True
+        self.grids = grids or {}
         self._scheme = Scheme(bits=bits, grid="absmax")
         check_inputs(targets)
-        owners = dict.fromkeys(target.owner for target in targets.values())
         self._handles = [
-            model.get_submodule(owner).register_forward_pre_hook(self._quantize) for owner in owners
+            model.get_submodule(target.owner).register_forward_pre_hook(partial(self._quantize, name))
+            for name, target in targets.items()
         ]
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _quantize(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (_StraightThrough.apply(args[0], self._scheme), *args[1:]) if self.enabled else None
+    def _quantize(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.enabled:
+            return None
+        return (_FakeQuantize.apply(args[0], self.grids.get(name), self._scheme), *args[1:])
 
 
 def check_inputs(targets: Mapping[str, Target]) -> None:
@@ -50,11 +65,16 @@ def check_inputs(targets: Mapping[str, Target]) -> None:
             )
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, scheme: Scheme) -> Tensor:
-        return fake_quantize(tokens, fit(tokens, scheme))
+class _FakeQuantize(torch.autograd.Function):
+    # Not torch.fake_quantize_per_tensor_affine, which makes a number of NaN and so hides it.
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def forward(ctx: Any, inputs: Tensor, grid: Grid | None, scheme: Scheme) -> Tensor:
+        ctx.save_for_backward(None if grid is None else clipped(inputs, grid))
+        return fake_quantize(inputs, grid or fit(inputs, scheme)).to(inputs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (beyond,) = ctx.saved_tensors
+        gradient = gradients[0]
+        return gradient if beyond is None else gradient.masked_fill(beyond, 0), None, None

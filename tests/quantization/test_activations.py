@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_compress import QuantizationCallback
 from hf_compress.quantization.activations import InputQuantizer
+from hf_compress.quantization.calibrated import calibrated_grids
 from hf_compress.targets import find_targets
 
 
@@ -97,6 +98,167 @@ def test_checkpointed_activations_change_nothing():
         gradients.append([x.grad, net[0].weight.grad])
         net.zero_grad()
     assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+
+
+NAME = "bert.encoder.layer.1.output.dense.weight"
+
+
+def calibration():
+    rows = classification_rows(rows=16, seed=7).with_format("torch")
+    return [rows[:8], rows[8:]]
+
+
+def layer_inputs(model, name, batches):
+    """What the layer of the weight `name` is given."""
+    seen = []
+    layer = model.get_submodule(name.rpartition(".")[0])
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    training = model.training
+    with torch.no_grad():
+        for batch in batches:
+            model.eval()(**batch)
+    model.train(training)
+    handle.remove()
+    return torch.cat([inputs.flatten() for inputs in seen])
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_a_fixed_grid_equals_that_of_torch_bit_for_bit(bits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 32, bias=False))
+    targets = find_targets(net).targets
+    grids = calibrated_grids(net, targets, [{"input": 3 * torch.rand(64, 32) - 1}], bits=bits)
+    InputQuantizer(net, targets, bits=bits, grids=grids)
+    grid = grids["0.weight"]
+    # Wider than the calibration, on both sides.
+    ours, theirs = 2 * torch.randn(16, 32), torch.empty(16, 32)
+    theirs.copy_(ours)
+    seen = torch.fake_quantize_per_tensor_affine(
+        theirs.requires_grad_(), grid.scale, grid.zero_point.int(), grid.lowest, grid.highest
+    )
+    expected, found = seen @ net[0].weight.T, net(ours.requires_grad_())
+    assert found.equal(expected)
+    gradient = torch.randn(16, 32)
+    expected.backward(gradient)
+    found.backward(gradient)
+    assert ours.grad.equal(theirs.grad)
+    assert 0.1 < (ours.grad == 0).float().mean() < 0.9  # clipped
+
+
+def test_a_fixed_grid_keeps_the_dtype_and_does_not_hide_nan():
+    net = nn.Sequential(nn.Linear(2, 1))
+    targets = find_targets(net).targets
+    grids = calibrated_grids(net, targets, [{"input": torch.tensor([[-1.0, 1.0]])}])
+    InputQuantizer(net, targets, grids=grids)
+    assert net(torch.tensor([[0.5, torch.nan]])).isnan().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = []
+        net[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        net(torch.ones(1, 2, dtype=torch.bfloat16))
+    assert seen[0].dtype == torch.bfloat16
+
+
+def test_the_grid_covers_what_the_batches_hold():
+    net = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5))
+    net.train()
+    batches = [{"input": torch.tensor([[-0.5, 0.25]])}, {"input": torch.tensor([[0.0, 2.05]])}]
+    grid = calibrated_grids(net, find_targets(net).targets, batches)["0.weight"]
+    # 255 steps from -0.5 to 2.05: the lowest code stands for -0.5, and zero lies on code -128 + 50.
+    assert grid.scale.item() == pytest.approx(0.01)
+    assert (grid.scale.dim(), grid.zero_point.item(), grid.bits) == (0, -78, 8)
+    assert net[1].training
+    assert not net[0]._forward_pre_hooks
+    # Zero belongs to it where all inputs are positive.
+    grid = calibrated_grids(net, find_targets(net).targets, [{"input": torch.tensor([[2.0, 5.1]])}])
+    assert grid["0.weight"].scale.item() == pytest.approx(0.02)
+    assert grid["0.weight"].zero_point.item() == -128
+
+
+def test_fixed_grids_are_found_anew_until_the_end_and_kept_over_a_resume(tmp_path):
+    found = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found[state.global_step] = callback.input_grids[NAME].scale
+
+    def start():
+        return QuantizationCallback(
+            8, activations=8, calibration=calibration(), start=3, end=6, symmetric=False
+        )
+
+    callback = start()
+    run = trainer(tmp_path, [callback, Look()], save_strategy="steps", save_steps=1)
+    run.train()
+    assert [step for step in range(2, 9) if not found[step].equal(found[step - 1])] == [3, 6]
+    assert run.model.state_dict().keys() == tiny_bert().state_dict().keys()
+    assert callback.describe()["calibration_batches"] == 2
+    # Before the weights are on their grid, while it moves, and when it is fixed.
+    for stop in (2, 5, 7):
+        other = start()
+        rest = trainer(tmp_path / "rest", [other])
+        rest.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        expected = run.model.state_dict()
+        assert all(value.equal(expected[name]) for name, value in rest.model.state_dict().items())
+        for name, grid in callback.input_grids.items():
+            assert grid.scale.equal(other.input_grids[name].scale)
+            assert grid.zero_point.equal(other.input_grids[name].zero_point)
+        assert run.evaluate()["eval_loss"] == rest.evaluate()["eval_loss"]
+
+
+def test_the_last_grids_cover_the_inputs_at_the_end(tmp_path):
+    callback = QuantizationCallback(8, activations=8, calibration=calibration(), end=8)
+    run = trainer(tmp_path, [callback])
+    run.train()
+    callback.remove_hooks()
+    for name, grid in callback.input_grids.items():
+        inputs = layer_inputs(run.model, name, calibration())
+        low, high = (grid.scale * (code - grid.zero_point) for code in (grid.lowest, grid.highest))
+        assert low - grid.scale <= inputs.min() <= low + grid.scale
+        assert high - grid.scale <= inputs.max() <= high + grid.scale
+
+
+def test_a_calibration_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
+    def run(batches, model, **settings):
+        callback = QuantizationCallback(8, activations=8, calibration=batches, **settings)
+        return trainer(tmp_path, [callback], model)
+
+    model = tiny_bert()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.bias[0] = torch.inf
+    with pytest.raises(ValueError, match=r"layer.0.*query inputs that are not finite: mend the model"):
+        run(calibration(), model).train()
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.weight.zero_()
+        model.bert.embeddings.LayerNorm.bias.zero_()
+    with pytest.raises(ValueError, match=r"layer.0.*query nothing but zeros"):
+        run(calibration(), model).train()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    unchanged = [name for name in before if "LayerNorm" not in name]
+    assert all(model.state_dict()[name].equal(before[name]) for name in unchanged)
+    net = nn.ModuleDict({"used": nn.Linear(2, 2), "spare": nn.Linear(2, 2)})
+    net.forward = net["used"].forward
+    with pytest.raises(ValueError, match=r"does not reach used.*`ignore`"):
+        calibrated_grids(net, find_targets(net).targets, [{"input": torch.ones(1, 2)}])
+
+
+def test_a_checkpoint_of_other_inputs_is_refused(tmp_path):
+    trainer(
+        tmp_path, [QuantizationCallback(8, activations=8)], save_strategy="steps", save_steps=5
+    ).train()
+    settings = {"activations": 8, "calibration": calibration()}
+    with pytest.raises(ValueError, match="step 5 holds no grids for the inputs: resume with the"):
+        trainer(tmp_path, [QuantizationCallback(8, **settings)]).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-5")
+        )
+    trainer(
+        tmp_path, [QuantizationCallback(8, **settings)], save_strategy="steps", save_steps=5
+    ).train()
+    settings["activations"] = 6
+    with pytest.raises(ValueError, match="holds grids of 8 bits.*`activations=8`"):
+        trainer(tmp_path, [QuantizationCallback(8, **settings)]).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-5")
+        )
 
 
 def test_refused(tmp_path):
