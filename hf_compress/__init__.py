@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hf_compress.quantization.export import save_quantized
     from hf_compress.quantization.guard import guard_cpu_kernels_
     from hf_compress.quantization.merging import merge_and_requantize
+    from hf_compress.quantization.oneshot import quantize_oneshot_
     from hf_compress.schedules import Drop
     from hf_compress.targets import find_targets
 
@@ -58,6 +59,7 @@ _HOMES = {
     "prune_structure": "hf_compress.pruning.structure.removal",
     "prune_vocabulary": "hf_compress.pruning.vocabulary.prune",
     "publish": "hf_compress.publishing.publish",
+    "quantize_oneshot_": "hf_compress.quantization.oneshot",
     "quantized": "hf_compress.quantization.bnb",
     "save_packed": "hf_compress.publishing.packed",
     "save_quantized": "hf_compress.quantization.export",
@@ -88,6 +90,7 @@ __all__ = [
     "prune_structure",
     "prune_vocabulary",
     "publish",
+    "quantize_oneshot_",
     "quantized",
     "save_packed",
     "save_quantized",
