@@ -60,8 +60,12 @@ def quantize_oneshot_(
     damping: of "gptq": what is added to the Hessian as a fraction of its mean diagonal.
 
     What is zero stays zero, so that a pruned model stays pruned. The weights are floats of the grid, in
-    their dtype: `save_quantized(model, folder, grids=...)` writes exactly these as integers, and a
-    training with `QuantizationCallback` of the same scheme goes on from there.
+    their dtype: `save_quantized(model, folder, grids=...)` writes exactly these as integers.
+
+    A training with `QuantizationCallback` of the same scheme goes on from there, on a grid that it fits
+    to these weights: the same one, but for float rounding, after "rtn" on "minmax", "percentile" and
+    mostly "mse"; on "absmax" it is 1 / (2**bits - 1) narrower or wider; on the others, and after
+    "gptq", which may leave the outermost codes unused, the weights move by a few percent at 4 bits.
 
     For "gptq" all batches go through the model once, in evaluation mode, each layer rounded as soon as
     all of them stand before it: for memory, batches, and offloaded weights see `prune_oneshot_`.
