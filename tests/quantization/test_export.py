@@ -1,6 +1,7 @@
 """Export: what a process without this package loads is what was trained."""
 
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,9 +20,14 @@ from hf_compress.targets import find_targets
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
+TORCHAO = importlib.util.find_spec("torchao") is not None
+needs_torchao = pytest.mark.skipif(not TORCHAO, reason="torchao is not installed")
+
 INPUT = torch.arange(5, 29).view(2, 12)
 
 tied_llama = functools.partial(tiny_llama, tie_word_embeddings=True)
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 
 CASES = {
     "int8": (tiny_bert, {"bits": 8}),
@@ -45,14 +51,20 @@ from safetensors.torch import save_file
 torch.set_num_threads(int(sys.argv[1]))
 for folder in sys.argv[2:]:
     kind = getattr(transformers, json.load(open(f"{folder}/config.json"))["architectures"][0])
-    dequantize = transformers.CompressedTensorsConfig(dequantize=True)
-    for name, settings in (("plain", {}), ("dequantized", {"quantization_config": dequantize})):
+    ways = {"plain": {}}
+    if not folder.endswith("torchao"):
+        dequantize = transformers.CompressedTensorsConfig(dequantize=True)
+        ways["dequantized"] = {"quantization_config": dequantize}
+    for name, settings in ways.items():
         model = kind.from_pretrained(folder, **settings).eval()
         with torch.no_grad():
             logits = model(torch.arange(5, 29).view(2, 12)).logits
         output, table = model.get_output_embeddings(), model.get_input_embeddings()
         tied = torch.tensor(output is not None and output.weight is table.weight)
-        tensors = {name: value.clone() for name, value in model.state_dict().items()}
+        tensors = {
+            name: value.dequantize() if hasattr(value, "qdata") else value.clone()
+            for name, value in model.state_dict().items()
+        }
         save_file(tensors | {"logits": logits, "tied": tied}, f"{folder}/{name}.reloaded")
 """
 
@@ -97,14 +109,18 @@ def tensor_bytes(folder):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """For each case the model, its callback and its folder, reloaded without hf_compress."""
+    """For each case the model, its callback and its folder, reloaded without hf_compress. The same in
+    the format of torchao is in a folder within."""
     root = tmp_path_factory.mktemp("exported")
     results = {}
     for name, case in CASES.items():
         model, callback = train(root / "training", *case)
         save_quantized(model, root / name, grids=callback.grids)
+        if TORCHAO:
+            save_quantized(model, root / name / "torchao", grids=callback.grids, format="torchao")
         results[name] = (model, callback, root / name)
     folders = [str(folder) for *_, folder in results.values()]
+    folders += [f"{folder}/torchao" for folder in folders if TORCHAO]
     command = [sys.executable, "-c", RELOAD, str(torch.get_num_threads()), *folders]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=root)
     return results
@@ -144,11 +160,36 @@ def test_the_file_holds_the_training_scales_and_is_as_small_as_planned(exported,
     assert tensor_bytes(folder) == pytest.approx(planned, rel=0.05)
 
 
+@needs_torchao
+@pytest.mark.parametrize("case", CASES)
+def test_torchao_loads_what_was_trained(exported, case):
+    model, callback, folder = exported[case]
+    found = load_file(folder / "torchao" / "plain.reloaded")
+    assert all(value.equal(found[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        logits = model(INPUT).logits
+    # It multiplies by the scale after the product, where there is one for each output feature.
+    bound = 1e-6 if callback.bits == 8 and callback.symmetric else 0
+    torch.testing.assert_close(found["logits"], logits, rtol=0, atol=bound)
+    tensors = load_file(folder / "torchao" / "model.safetensors")
+    for name, grid in callback.grids.items():
+        layer = name.removesuffix(".weight")
+        assert tensors[f"{layer}._weight_scale"].equal(grid.scale)
+        assert tensors[f"{layer}._weight_qdata"].dtype == torch.int8
+    weights = sum(model.get_parameter(name).numel() for name in callback.grids)
+    groups = sum(grid.scale.numel() for grid in callback.grids.values())
+    # A byte instead of four for each code, four for each scale and one for each zero point.
+    points = groups if callback.bits < 8 or not callback.symmetric else 0
+    expected = model.num_parameters() * 4 - 3 * weights + 4 * groups + points
+    assert tensor_bytes(folder / "torchao") == pytest.approx(expected, rel=0.01)
+
+
 def test_tied_tables_stay_tied_and_are_saved_once(exported):
     for case, tied in (("int8 tied", True), ("int2 untied", False)):
-        model, _, folder = exported[case]
-        assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
-        assert bool(load_file(folder / "plain.reloaded")["tied"]) is tied
+        for folder in (exported[case][2], exported[case][2] / "torchao"):
+            if folder.exists():
+                assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
+                assert bool(load_file(folder / "plain.reloaded")["tied"]) is tied
 
 
 def test_zeros_stay_zeros(exported):
@@ -192,15 +233,49 @@ def test_the_model_is_left_alone_and_a_loaded_one_is_not_saved_again(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+@needs_torchao
+def test_torchao_takes_grids_of_several_kinds_and_leaves_the_model_alone(tmp_path):
+    model, grids = rounded(tiny_bert().to(torch.bfloat16), group_size=16)
+    _, finer = rounded(tiny_bert().to(torch.bfloat16), bits=8)
+    kept = "bert.encoder.layer.0.output.dense.weight"
+    del grids[kept]
+    with torch.no_grad():
+        groups = grouped(model.get_parameter(QUERY), input_dim=1, group_size=None)
+        groups.copy_(fake_quantize(groups, finer[QUERY]))
+    save_quantized(model, tmp_path, grids=grids | {QUERY: finer[QUERY]}, format="torchao")
+    assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model.config, "quantization_config")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(INPUT).logits, model(INPUT).logits, rtol=0, atol=1e-2)
+    assert type(loaded.get_parameter(kept).data) is torch.Tensor
+    assert all(
+        loaded.get_parameter(name).dequantize().equal(model.get_parameter(name)) for name in grids
+    )
+    with pytest.raises(ValueError, match="quantized already: copy the folder"):
+        save_quantized(loaded, tmp_path / "again", grids=grids, format="torchao")
+
+
+@needs_torchao
+def test_several_files_of_torchao_load_together(tmp_path, monkeypatch):
+    model, grids = rounded(tiny_bert())
+    save = type(model).save_pretrained
+    monkeypatch.setattr(
+        type(model), "save_pretrained", functools.partialmethod(save, max_shard_size="20KB")
+    )
+    save_quantized(model, tmp_path, grids=grids, format="torchao")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert loaded(INPUT).logits.equal(model(INPUT).logits)
+
+
 def test_dense_is_plain_save_pretrained(tmp_path):
     model, grids = rounded(tiny_gpt2())
     save_quantized(model, tmp_path / "ours", grids=grids, format="dense")
     model.save_pretrained(tmp_path / "plain")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
-
-
-QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 
 
 def moved(model, grids):
@@ -246,12 +321,13 @@ def test_refused_before_anything_is_written(tmp_path, change, message):
 def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
     model, grids = rounded(tiny_bert())
     with pytest.raises(
-        ValueError, match="`format` is 'gguf'; allowed are 'compressed-tensors', 'dense'"
+        ValueError, match="`format` is 'gguf'; allowed are 'compressed-tensors', 'torchao', 'dense'"
     ):
         save_quantized(model, tmp_path, grids=grids, format="gguf")
     with pytest.raises(TypeError, match="is a Linear: pass the transformers model"):
         save_quantized(model.classifier, tmp_path, grids=grids)
-    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
-    with pytest.raises(ImportError, match=r'pip install "hf-compress\[quantization\]"'):
-        save_quantized(model, tmp_path, grids=grids)
+    for package, format in (("compressed_tensors", "compressed-tensors"), ("torchao", "torchao")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f'"{format}" needs.*hf-compress.quantization'):
+            save_quantized(model, tmp_path, grids=grids, format=format)
     assert not list(tmp_path.iterdir())
