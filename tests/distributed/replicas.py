@@ -1,5 +1,5 @@
-"""Run by two ranks: a Trainer with a callback that prunes. Each rank checks its zeros and writes its
-weights to a file of its own."""
+"""Run by two ranks: a Trainer with a callback that prunes or quantizes. Each rank checks its weights
+and writes them to a file of its own."""
 
 import sys
 from pathlib import Path
@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from tiny import classification_rows, tiny_bert
 from transformers import Trainer, TrainingArguments
 
-from hf_compress import PruningCallback
+from hf_compress import PruningCallback, QuantizationCallback
 from hf_compress.callbacks.structured import StructuredPruningCallback
 from hf_compress.pruning.structure.removal import alive
 from hf_compress.pruning.structure.units import find_units
+from hf_compress.quantization.grids import fake_quantize, grouped
 from hf_compress.targets import find_targets
 
 
@@ -29,7 +30,22 @@ def check_units(model):
     assert [int(alive(u).sum()) for u in find_units(model, ["ffn"])] == [32, 32]
 
 
+def check_grids(model):
+    ranks = [None, None]
+    scales = {name: grid.scale.tolist() for name, grid in quantization.grids.items()}
+    dist.all_gather_object(ranks, scales)
+    assert ranks[0] == ranks[1]
+    parameters = find_targets(model).parameters
+    assert scales.keys() == parameters.keys()
+    for name, param in parameters.items():
+        groups = grouped(param.detach(), input_dim=1, group_size=16)
+        assert fake_quantize(groups, quantization.grids[name]).equal(groups)
+
+
+quantization = QuantizationCallback(4, group_size=16, end=8, learn_scale=True)
+
 METHODS = {
+    "grids": (quantization, check_grids),
     "weights": (PruningCallback(0.7, interval=3), check_weights),
     "units": (StructuredPruningCallback(ffn=0.5), check_units),
 }

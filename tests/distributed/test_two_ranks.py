@@ -30,7 +30,7 @@ def test_pruning_on_shards_equals_one_process_bit_for_bit():
     launch("shards.py")
 
 
-@pytest.mark.parametrize("method", ["weights", "units"])
+@pytest.mark.parametrize("method", ["weights", "units", "grids"])
 def test_data_parallel_ranks_write_the_same_file(tmp_path, method):
     launch("replicas.py", str(tmp_path), method)
     first, second, saved = (
