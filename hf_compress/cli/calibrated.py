@@ -18,7 +18,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +25,7 @@ from transformers import (
 
 from hf_compress.cli.arguments import CalibrationArguments
 from hf_compress.cli.compress import check_folder
-from hf_compress.cli.data import bare_name, check_length, label_names, load_shuffled, tokenized
+from hf_compress.cli.data import bare_name, label_names, load_shuffled, load_tokenizer, tokenized
 from hf_compress.measure import environment
 from hf_compress.pruning.calibration import Batch
 from hf_compress.publishing.audit import Audit
@@ -60,7 +59,7 @@ def loaded(
 
     Raises ValueError for data that does not fit the model, and a model without a head for the task.
     """
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = load_tokenizer(arguments)
     batches = None if reads == "nothing" else _batches(arguments, tokenizer, reads)
     kind: Any = AutoModelForCausalLM
     if arguments.task == "text-classification":
@@ -110,7 +109,6 @@ def finish(
 def _batches(
     arguments: CalibrationArguments, tokenizer: PreTrainedTokenizerBase, reads: Reads
 ) -> list[Batch]:
-    check_length(arguments, tokenizer)
     if arguments.task == "causal-lm":
         ids = _full_rows(arguments, tokenizer)
         parts = ids.split(arguments.batch_size)

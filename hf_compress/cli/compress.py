@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     EvalPrediction,
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from hf_compress.cli.arguments import CompressArguments
-from hf_compress.cli.data import check_length, label_names, load_splits, tokenized
+from hf_compress.cli.data import label_names, load_splits, load_tokenizer, tokenized
 from hf_compress.cli.errors import FirstStep, refusing, refusing_until
 from hf_compress.cli.methods import pruning_callback
 from hf_compress.cli.published import publish_into
@@ -53,7 +52,8 @@ def main(argv: list[str]) -> None:
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        print("no card was written: the model is sharded, and only a whole one can be measured.")
+        if trainer.is_world_process_zero():
+            print("no card was written: the model is sharded, and only a whole one can be measured.")
         return
     baseline = dense_model(arguments, trainer)
     publish_into(Path(training.output_dir), trainer, arguments, split=split, baseline=baseline)
@@ -79,8 +79,7 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> tupl
     set_seed(training.seed)
     with training.main_process_first():
         train, test, split = load_splits(arguments)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        check_length(arguments, tokenizer)
+        tokenizer = load_tokenizer(arguments)
         classify = arguments.task == "text-classification"
         names = label_names(train, arguments.label_column) if classify else None
         train = tokenized(train, tokenizer, arguments, names)

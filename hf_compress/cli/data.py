@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_compress.cli.arguments import CompressArguments, DataArguments
 from hf_compress.samples import CORPORA, corpus
@@ -75,9 +75,15 @@ def tokenized(
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
-def check_length(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a `max_length` that the model or its tokenizer is not made for."""
-    config = AutoConfig.from_pretrained(arguments.model)
+def load_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase:
+    """That of the model. Raises ValueError where there is none, and for a `max_length` that the model
+    or its tokenizer is not made for."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        config = AutoConfig.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        # Without a connection transformers does not say of which model it speaks.
+        raise ValueError(f"`model` {arguments.model!r} cannot be loaded: {error}") from error
     # Not every architecture counts positions, and not every tokenizer knows of its model's.
     positions = getattr(config, "max_position_embeddings", None) or arguments.max_length
     most = min(positions, tokenizer.model_max_length)
@@ -85,6 +91,7 @@ def check_length(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(
             f"`max_length` is {arguments.max_length}: {arguments.model} is for at most {most} tokens."
         )
+    return tokenizer
 
 
 def bare_name(place: str | None) -> str | None:

@@ -56,6 +56,9 @@ def test_prune_and_distil(model, tmp_path):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert history
     assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 2
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["dense_name"].startswith("the teacher")
+    assert report["dense"]["parameters"] > report["compressed"]["parameters"]
 
 
 def test_rows_of_your_own_in_a_csv(model, tmp_path):
@@ -76,6 +79,7 @@ def test_prunes_a_causal_language_model(language_model, tmp_path):
     main([*flags(language_model, tmp_path), "--task", "causal-lm", "--teacher", "self"])
     results = json.loads((tmp_path / "eval_results.json").read_text())
     assert 1 < results["eval_loss_task"] < 20
+    assert json.loads((tmp_path / "report.json").read_text())["metric"] == "perplexity"
     tensors = load_file(tmp_path / "model.safetensors")
     pruned = [tensor for name, tensor in tensors.items() if ".layers." in name and tensor.dim() == 2]
     total = sum(tensor.numel() for tensor in pruned)
@@ -170,6 +174,10 @@ def test_two_processes_write_once(model, tmp_path, launcher):
     run = launch(launcher, flags(model, tmp_path))
     assert run.returncode == 0, run.stderr[-3000:]
     assert sparsity_of(tmp_path) == pytest.approx(0.75, abs=1e-3)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["recipe"]["training"]["processes"] == 2
+    assert (tmp_path / "README.md").is_file()
+    assert run.stdout.count("model, card and report are in") == 1
 
 
 def test_processes_that_did_not_find_each_other_are_stopped(model, tmp_path):
@@ -177,5 +185,6 @@ def test_processes_that_did_not_find_each_other_are_stopped(model, tmp_path):
     place = words.index("--use_cpu")
     run = launch(ACCELERATE, words[:place] + words[place + 2 :])
     assert run.returncode != 0
-    assert "--use_cpu" in run.stderr
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert "pass --use_cpu" in line
     assert not list(tmp_path.glob("*.safetensors"))

@@ -131,3 +131,30 @@ def test_a_card_that_says_something_else_is_refused(what, published, tmp_path):
     card.write_text(text.replace(before, after, 1))
     with pytest.raises(ValueError, match=message):
         validate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dense", "compressed", "sentence"),
+    [
+        # Three classes: guessing is right once in three times.
+        (0.25, 0.95, "hardly better than guessing (0.3333)"),
+        (0.35, 0.34, "hardly better than guessing (0.3333)"),
+        (0.50, 0.95, "much the worse of the two here"),
+        (0.95, 0.96, None),
+        (0.95, 0.90, None),
+    ],
+)
+def test_a_poor_dense_model_is_told_instead_of_boasted_of(tmp_path, dense, compressed, sentence):
+    small, large = tiny_bert(), tiny_bert(seed=1)
+    folder = publish(
+        small,
+        folder=tmp_path / "out",
+        baseline=large,
+        evaluate=lambda model: {"accuracy": compressed if model is small else dense},
+    )
+    first = (folder / "README.md").read_text().split("# out\n")[1].strip().splitlines()[0]
+    if sentence is None:
+        assert first.endswith(f"(recovery {100 * compressed / dense:.2f} %).")
+    else:
+        assert sentence in first
+        assert "(recovery" not in first
