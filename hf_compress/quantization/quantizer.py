@@ -28,7 +28,9 @@ from hf_compress.schedules import Schedule, check_interval
 from hf_compress.targets import Target
 
 INTERVAL = 50
-SCALE_RATE = 2e-3
+# A scale can double within some hundred steps, as weights of few bits need it. At a fifth of this the
+# scales of 2 bits stayed near their first fit; at twice this they swayed under a large learning rate.
+SCALE_RATE = 1e-2
 
 
 class Quantizer(TimedConstraint):
@@ -43,7 +45,7 @@ class Quantizer(TimedConstraint):
         for "absmax" and "minmax", and for the others 50, less where the time is so short that there
         would be fewer than ten fits. The first weights on the grid, new bits and `end` are fitted too.
     learn_scale: whether the scales are trained too, from their first fit on until `end`, by steps of
-        about 0.2 % that shrink towards `end`: see `hf_compress.quantization.learned`. Only new bits are
+        about 1 % that shrink towards `end`: see `hf_compress.quantization.learned`. Only new bits are
         fitted again then.
     targets: where the input dimension of each weight lies, as `find_targets` tells.
 

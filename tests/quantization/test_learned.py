@@ -1,10 +1,11 @@
 """Learned scales: the gradient against finite differences, and what training with it does."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from quantization.runs import adamw, levels, network, quantizer, train, train_on_grid, weights
+from quantization.runs import adamw, levels, network, quantizer, train, weights
 
 from hf_compress.constraint import constrain
 from hf_compress.quantization.grids import Grid, Scheme, fake_quantize, fit
@@ -61,22 +62,29 @@ def test_a_step_is_relative_and_groups_without_a_gradient_stay():
     assert scale[2] == 5
 
 
-def test_learned_scales_train_further_than_the_first_fit():
-    losses = {False: 0.0, True: 0.0}
-    for learned in losses:
-        for seed in range(2):
-            net = network()
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                for param in net.parameters():
-                    param.normal_(std=0.15)
-            made = quantizer(net, 2, interval=10**6, learn_scale=learned, end=90, total=120)
-            train_on_grid(net, made, last=120, total=120)
+def test_learned_scales_of_two_bits_train_further_where_the_learning_rate_falls():
+    settings = {"first fit": {"interval": 10**6}, "refitted": {}, "learned": {"learn_scale": True}}
+    losses = dict.fromkeys(settings, 0.0)
+    for seed in range(3):
+        dense = network()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for param in dense.parameters():
+                param.normal_(std=0.15)
+        train(dense, adamw(dense), [], last=150)
+        for name, chosen in settings.items():
+            net = copy.deepcopy(dense)
+            made = quantizer(net, 2, total=160, **chosen)
+            optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+            constrain(optimizer, weights(net), made)
+            for step in range(160):
+                optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 160)
+                train(net, optimizer, [made], step, step + 1, total=160)
             assert levels(net) <= 4
-            x = torch.randn(256, 16)
+            x = torch.randn(256, 16, generator=torch.Generator().manual_seed(99))
             with torch.no_grad():
-                losses[learned] += (net(x) - 2 * x[:, :4]).square().mean().item()
-    assert losses[True] < 0.8 * losses[False]
+                losses[name] += (net(x) - 2 * x[:, :4]).square().mean().item()
+    assert losses["learned"] < losses["refitted"] < losses["first fit"]
 
 
 def test_new_bits_are_fitted_and_the_last_grid_is_fixed():
@@ -90,5 +98,5 @@ def test_new_bits_are_fitted_and_the_last_grid_is_fixed():
         scales.append(made.grids["0.weight"].scale.clone())
     ratios = [(later / earlier).mean() for earlier, later in zip(scales, scales[1:], strict=False)]
     assert ratios[18] > 5  # from 8 to 4 bit
-    assert all(0.99 < ratio < 1.01 and ratio != 1 for ratio in ratios[:18])
+    assert all(0.98 < ratio < 1.02 and ratio != 1 for ratio in ratios[:18])
     assert all(scale.equal(scales[19]) for scale in scales[19:])
