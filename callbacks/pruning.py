@@ -15,7 +15,7 @@ from hf_compress.pruning.masks import ZeroKeeper
 from hf_compress.pruning.pruner import Pruner
 from hf_compress.pruning.ranking import Scope
 from hf_compress.pruning.scores import Score, find_score
-from hf_compress.schedules import Clock, Drop, Shape, clock_of
+from hf_compress.schedules import Clock, Drop, Shape, clock_of, name_of
 from hf_compress.targets import Target
 
 logger = logging.get_logger(__name__)
@@ -87,7 +87,6 @@ class PruningCallback(MaskingCallback):
         return KeepingCallback(targets=targets, ignore=ignore)
 
     def describe(self) -> dict[str, object]:
-        name = self.schedule if isinstance(self.schedule, str) else self.schedule.__name__
         described = super().describe()
         if self.sparsity is None:
             described["sparsity"] = self._constraint(None).schedule.final
@@ -97,7 +96,7 @@ class PruningCallback(MaskingCallback):
             "score": self.score.name,
             "pattern": self.pattern,
             "scope": self.scope,
-            "schedule": name,
+            "schedule": name_of(self.schedule),
             "start": self.start,
             "end": self.end,
             "interval": self.interval,

@@ -6,9 +6,11 @@ a resumed run, a skipped fp16 step and a retried batch size all see what an unin
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 Shape = Callable[[float], float]
 """Progress in [0, 1] -> the part of the way from the first value to the last, in [0, 1]."""
@@ -48,6 +50,20 @@ def step(progress: float) -> float:
 SHAPES: dict[str, Shape] = {
     shape.__name__: shape for shape in (constant, linear, cubic, cosine, exponential, step)
 }
+
+
+def name_of(shape: str | Shape) -> str:
+    """A readable name: of a function its own, of a `functools.partial` with its arguments, of any other
+    callable that of its class."""
+    if isinstance(shape, str):
+        return shape
+    if isinstance(shape, partial):
+        settings = [repr(value) for value in shape.args]
+        settings += [f"{key}={value!r}" for key, value in shape.keywords.items()]
+        return f"{name_of(shape.func)}({', '.join(settings)})"
+    if inspect.isroutine(shape):
+        return shape.__name__
+    return type(shape).__name__
 
 
 def as_step(when: int | float, max_steps: int) -> int:

@@ -1,8 +1,9 @@
+import functools
 import math
 
 import pytest
 
-from hf_compress.schedules import SHAPES, Schedule
+from hf_compress.schedules import SHAPES, Schedule, cubic, name_of
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -69,3 +70,27 @@ def test_refusals(wrong, message):
 def test_a_schedule_that_cannot_finish_is_refused(start, end):
     with pytest.raises(ValueError, match="step"):
         Schedule(final=0.5, start=start, end=end).span(100)
+
+
+def power(progress, exponent):
+    return progress**exponent
+
+
+class Slow:
+    def __call__(self, progress):
+        return progress**4
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        ("linear", "linear"),
+        (cubic, "cubic"),
+        (functools.partial(power, exponent=2), "power(exponent=2)"),
+        (Slow(), "Slow"),
+        (lambda p: p, "<lambda>"),
+    ],
+)
+def test_shapes_have_readable_names(shape, name):
+    assert name_of(shape) == name
+    Schedule(final=1.0, shape=shape)

@@ -1,4 +1,5 @@
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -285,9 +286,10 @@ def test_dry_run_tells_what_will_happen_and_changes_nothing():
 def test_description_is_json(tmp_path):
     import json
 
-    callback = PruningCallback(0.5, interval=2)
+    callback = PruningCallback(0.5, interval=2, schedule=partial(pow, exp=3))
     trainer(tmp_path, callback).train()
     description = json.loads(json.dumps(callback.describe()))
+    assert description["schedule"] == "pow(exp=3)"
     assert description["sparsity"] == 0.5
     assert len(description["weights"]) == 13
 
