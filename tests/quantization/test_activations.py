@@ -3,7 +3,7 @@
 import pytest
 import torch
 from short import arguments
-from tiny import classification_rows, tiny_bert, tiny_gpt2, tiny_mixtral
+from tiny import classification_rows, tiny_bert, tiny_gpt2
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback
@@ -217,29 +217,13 @@ def test_the_last_grids_cover_the_inputs_at_the_end(tmp_path):
         assert high - grid.scale <= inputs.max() <= high + grid.scale
 
 
-def test_a_calibration_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
-    def run(batches, model, **settings):
-        callback = QuantizationCallback(8, activations=8, calibration=batches, **settings)
-        return trainer(tmp_path, [callback], model)
-
-    model = tiny_bert()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        model.bert.embeddings.LayerNorm.bias[0] = torch.inf
-    with pytest.raises(ValueError, match=r"layer.0.*query inputs that are not finite: mend the model"):
-        run(calibration(), model).train()
-    with torch.no_grad():
-        model.bert.embeddings.LayerNorm.weight.zero_()
-        model.bert.embeddings.LayerNorm.bias.zero_()
-    with pytest.raises(ValueError, match=r"layer.0.*query nothing but zeros"):
-        run(calibration(), model).train()
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    unchanged = [name for name in before if "LayerNorm" not in name]
-    assert all(model.state_dict()[name].equal(before[name]) for name in unchanged)
+def test_a_layer_that_the_batches_do_not_reach_is_refused():
     net = nn.ModuleDict({"used": nn.Linear(2, 2), "spare": nn.Linear(2, 2)})
+    # Its forward skips the hooks, as a fused kernel would.
     net.forward = net["used"].forward
     with pytest.raises(ValueError, match=r"does not reach used.*`ignore`"):
         calibrated_grids(net, find_targets(net).targets, [{"input": torch.ones(1, 2)}])
+    assert not any(module._forward_pre_hooks for module in net.modules())
 
 
 def test_a_checkpoint_of_other_inputs_is_refused(tmp_path):
@@ -259,13 +243,3 @@ def test_a_checkpoint_of_other_inputs_is_refused(tmp_path):
         trainer(tmp_path, [QuantizationCallback(8, **settings)]).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-5")
         )
-
-
-def test_refused(tmp_path):
-    for bits in (1, 16, 8.0):
-        with pytest.raises(ValueError, match="`activations` is .* from 2 to 8"):
-            QuantizationCallback(4, activations=bits)
-    model = tiny_mixtral()
-    with pytest.raises(ValueError, match=r"stacked experts.*`ignore`"):
-        trainer(tmp_path, [QuantizationCallback(4, activations=8)], model).train()
-    assert not any(module._forward_pre_hooks for module in model.modules())

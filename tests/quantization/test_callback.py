@@ -4,8 +4,6 @@ import json
 import re
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from short import arguments
 from tiny import classification_rows, tiny_bert
@@ -190,64 +188,6 @@ def test_description_is_json(tmp_path):
     assert described["bits"] == [8, 4]
     assert set(described["quantized"].values()) == {4}
     assert len(described["quantized"]) == 13
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"targets": "atention"}, "near names: attention"),
-        ({"end": 13}, "ends at step 13.*ends at step 12"),
-        ({"start": 9, "end": 0.5}, "starts at step 9, after its end"),
-        ({"group_size": 24}, r"24 does not divide the 32 input features of bert.*`ignore`"),
-    ],
-)
-def test_refused_before_the_first_step(tmp_path, settings, message):
-    run = trainer(tmp_path, [QuantizationCallback(4, **settings)])
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
-        run.train()
-    assert all(value.equal(before[name]) for name, value in run.model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"bits": 1}, "from 2 to 8"),
-        ({"bits": 9}, "from 2 to 8"),
-        ({"bits": 4.5}, "from 2 to 8"),
-        ({"grid": "best"}, "allowed are"),
-        ({"start": 0.9, "end": 0.1}, "after"),
-    ],
-)
-def test_refused_when_made(settings, message):
-    with pytest.raises(ValueError, match=message):
-        QuantizationCallback(**({"bits": 4} | settings))
-
-
-def test_weights_that_cannot_be_quantized_are_refused(tmp_path):
-    adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
-    with pytest.raises(ValueError, match="frozen.*adapter"):
-        trainer(tmp_path, [QuantizationCallback(4)], adapted).train()
-    frozen = tiny_bert()
-    frozen.bert.requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen: it is not trained"):
-        trainer(tmp_path, [QuantizationCallback(4)], frozen).train()
-    broken = tiny_bert()
-    with torch.no_grad():
-        broken.bert.encoder.layer[1].attention.self.key.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match="layer.1.attention.self.key.weight holds weights that"):
-        trainer(tmp_path, [QuantizationCallback(4)], broken).train()
-    with pytest.raises(ValueError, match="already has a Quantizer"):
-        trainer(tmp_path, [QuantizationCallback(4), QuantizationCallback(8)]).train()
-
-
-def test_a_packed_model_is_refused():
-    packed = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
-    model = tiny_bert()
-    for layer in model.bert.encoder.layer:
-        layer.output.dense = packed.Linear4bit(64, 32).to("cpu")
-    with pytest.raises(ValueError, match=r"leave no weight.*packed as torch.uint8"):
-        QuantizationCallback(4, targets="re:layer.*[01].output.dense").dry_run(model)
 
 
 def test_a_checkpoint_without_quantization_is_refused(tmp_path):
