@@ -104,11 +104,9 @@ def prune_oneshot_(
 
     All batches go through the model once, in evaluation mode, each layer pruned as soon as all of
     them stand before it; the modes of the modules are restored. Memory: what the forwards hold
-    there, as the inputs of one block; for "sparsegpt" also three (in, in) matrices of a layer. On the
-    CPU each batch takes a thread pool, so give few large batches rather than hundreds: about 2,000
-    positions in each take the least memory. Weights that accelerate has offloaded are loaded when it
-    is their turn; once pruned they stay in main memory. Experts to which no position is routed are
-    ranked by magnitude.
+    there, as the inputs of one block; for "sparsegpt" also three (in, in) matrices of a layer.
+    Weights that accelerate has offloaded are loaded when it is their turn; once pruned they stay in
+    main memory. Experts to which no position is routed are ranked by magnitude.
 
     The zeros are kept by a later training with `PruningCallback` of the same sparsity.
 

@@ -1,4 +1,4 @@
-"""Run as a process: prints by how many bytes a pass over a layer makes it grow that wastes memory."""
+"""Run as a process: prints by how many bytes and threads a layer that wastes memory makes it grow."""
 
 import resource
 from contextlib import closing
@@ -28,10 +28,16 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # each thread of torch's own keeps a stack, on any number of cores
+    torch.set_num_threads(2)
     batches = [{"x": torch.randn(1024, 64)} for _ in range(12)]
-    with closing(lockstep(Wasteful(), batches, {"layer"})) as steps:
-        before = resident_bytes()
+    model = Wasteful()
+    model(**batches[0])  # the one team of threads, which any forward takes
+    with closing(lockstep(model, batches, {"layer"})) as steps:
+        before, team = resident_bytes(), threads()
         next(steps)
-        print(resident_bytes() - before)
+        print(resident_bytes() - before, threads() - team)
