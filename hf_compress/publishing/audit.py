@@ -122,7 +122,7 @@ def audit(folder: str | Path, *, targets: Iterable[str] = ()) -> Audit:
         for name, tensor in _read(folder / file):
             if name in tensors or index.get(name, file) != file:
                 raise ValueError(f"{folder / file} holds {name!r}, which belongs to another file.")
-            tensors[name] = _count(tensor)
+            tensors[name] = count_tensor(tensor)
             if vocabulary is not None and tensor.dim() == 2 and len(tensor) == vocabulary:
                 first = digests.setdefault(_digest(tensor), name)
                 if first != name:
@@ -164,7 +164,7 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{path} is damaged ({error}): save the model again.") from error
 
 
-def _count(tensor: Tensor) -> TensorAudit:
+def count_tensor(tensor: Tensor) -> TensorAudit:
     # The 8-bit floats have no kernel to compare with zero.
     small = tensor.is_floating_point() and tensor.itemsize == 1
     nonzeros = int(torch.count_nonzero(tensor.float() if small else tensor))

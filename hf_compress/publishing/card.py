@@ -41,6 +41,7 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
         results=results_table(report),
         efficiency=efficiency_table(report),
         stored=_stored(report),
+        integers=_integers(report),
         pruning=[m for m in report["recipe"]["methods"] if m.get("method") == "pruning"],
         settings=[_settings(method) for method in report["recipe"]["methods"]],
         skipped=_reasons(report["recipe"]["methods"]),
@@ -178,10 +179,32 @@ def _stored(report: Mapping[str, Any]) -> str:
     return ", ".join(dtype for dtype, _ in dtypes.most_common())
 
 
+def _integers(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of weights, count, bits, weights to a scale, zero points, codes in use, zeros, error."""
+    kinds = report["integers"]["kinds"] if report["integers"] else []
+    return [
+        (
+            kind["name"],
+            str(kind["weights"]),
+            str(kind["bits"]),
+            f"{kind['per_scale']:,}",
+            "yes" if kind["zero_points"] else "no",
+            f"{kind['codes']:.3f}",
+            f"{kind['zeros']:.4f}",
+            _number(kind["error"]),
+        )
+        for kind in kinds
+    ]
+
+
 def _settings(method: Mapping[str, Any]) -> dict[str, str]:
     # Lists of weights are in the report, and the pictures.
     hidden = ("weights", "skipped", "paper")
-    return {key: str(value) for key, value in method.items() if key not in hidden}
+    told = {key: str(value) for key, value in method.items() if key not in hidden}
+    if "quantized" in method:
+        counts = Counter(method["quantized"].values()).most_common()
+        told["quantized"] = ", ".join(f"{count} weights of {bits} bit" for bits, count in counts)
+    return told
 
 
 def _reasons(methods: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -204,6 +227,9 @@ def _tags(report: Mapping[str, Any]) -> list[str]:
         tags.append("knowledge-distillation")
     if report["quantized"]:
         tags += ["quantized", "bitsandbytes", f"{report['quantized']}-bit"]
+    if integers := report["integers"]:
+        tags += ["quantized", f"{integers['bits']}-bit"]
+        tags += [integers["format"]] if integers["format"] != "dense" else []
     return tags
 
 

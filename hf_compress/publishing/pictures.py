@@ -1,4 +1,4 @@
-"""The two pictures of a card."""
+"""The pictures of a card."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hf_compress.figures import new_figure
 
 HISTORY = "sparsity.png"
 LAYERS = "layers.png"
+CODES = "codes.png"
 
 
 def draw_history(history: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
@@ -50,4 +51,17 @@ def draw_layers(sparsity: Mapping[str, float], path: str | Path) -> bool:
     axes.margins(y=0.01)
     # Hundreds of layers would make a picture taller than renderers take.
     figure.savefig(path, dpi=min(100, 20_000 / figure.get_figheight()))
+    return True
+
+
+def draw_codes(counts: Mapping[int, int], path: str | Path) -> bool:
+    """One bar for the fraction of weights that have each integer code. False when there are none."""
+    if not counts:
+        return False
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
+    total = sum(counts.values())
+    axes.bar(list(counts), [count / total for count in counts.values()], width=0.9, color="tab:blue")
+    axes.set(xlabel="integer code", ylabel="fraction of the quantized weights")
+    figure.savefig(path)
     return True

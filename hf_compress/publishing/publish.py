@@ -28,10 +28,20 @@ from hf_compress.publishing.audit import Audit, audit
 from hf_compress.publishing.card import hub_id, render
 from hf_compress.publishing.evaluation import accepted_by_all, first_batch, rows, trainer_scores
 from hf_compress.publishing.folder import check_target, move_into_place, on_main_process, workplace
+from hf_compress.publishing.integers import inspect_integers
 from hf_compress.publishing.naming import written_as
-from hf_compress.publishing.pictures import HISTORY, LAYERS, draw_history, draw_layers
-from hf_compress.publishing.recipe import Recipe, bits_of, precision_of, recipe_of, teacher_of
+from hf_compress.publishing.pictures import CODES, HISTORY, LAYERS, draw_history, draw_layers
+from hf_compress.publishing.recipe import (
+    Recipe,
+    bits_of,
+    grids_of,
+    precision_of,
+    recipe_of,
+    teacher_of,
+)
 from hf_compress.publishing.validate import check_license, validate
+from hf_compress.quantization.analysis import ERRORS, HISTOGRAMS
+from hf_compress.quantization.export import save_quantized
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ def publish(
     license: str | None = None,
     license_name: str | None = None,
     memory: bool = False,
+    format: str = "dense",
     push: bool = False,
 ) -> Path:
     """Writes the model, `report.json`, `README.md` and pictures to `folder`, and returns it.
@@ -82,6 +93,8 @@ def publish(
     metric: the score of the card's first sentence; by default the first that is no loss.
     license, license_name: licence identifier of the Hub; "other" needs a name.
     memory: measure the peak memory too, loading each model in a process of its own.
+    format: how weights that a `QuantizationCallback` trained on integer grids are written, see
+        `hf_compress.quantization.export.save_quantized`. "dense", the default: floats on the grid.
 
     All is prepared beside `folder` and moved into place at the end. `folder` may hold an earlier
     result of this function. On several ranks call it on each; the first one writes.
@@ -101,6 +114,12 @@ def publish(
     baseline = baseline if baseline is not None else teacher_of(trainer)
     _check(trainer, model, baseline, repo_id)
     check_license(license, license_name)
+    grids = grids_of(trainer)
+    if format != "dense" and not grids:
+        raise ValueError(
+            f"`format` is {format!r}, and no weights were trained on integer grids: publish after a "
+            "training with a QuantizationCallback, or leave it out."
+        )
     on_main_process(lambda: check_target(folder))
     try:
         history = [] if trainer is None else list(trainer.state.log_history)
@@ -122,13 +141,30 @@ def publish(
 
         def write() -> None:
             place = workplace(folder)
-            model.save_pretrained(place)
+            if grids:
+                save_quantized(model, place, grids=grids, format=format)
+            else:
+                model.save_pretrained(place)
             if processing_class is not None:
                 processing_class.save_pretrained(place)
             written = written_as(model, recipe.weights)
-            found = audit(place, targets=[tensor for names in written.values() for tensor in names])
+            targets = [tensor for names in written.values() for tensor in names]
+            integers = None
+            if grids:
+                found, integers = inspect_integers(
+                    place,
+                    model,
+                    grids,
+                    format=format,
+                    targets=targets,
+                    baseline=baseline,
+                    chosen=recipe.grids,
+                )
+            else:
+                found = audit(place, targets=targets)
             recipe.check(found, model, written)
-            report = _report(labels, trainer, model, baseline, recipe, found) | {
+            report = _report(labels, trainer, model, baseline, recipe, found, format) | {
+                "integers": integers,
                 "tokenizer": isinstance(processing_class, PreTrainedTokenizerBase),
                 "history": history,
             }
@@ -215,6 +251,7 @@ def _report(
     baseline: PreTrainedModel | None,
     recipe: Recipe,
     found: Audit,
+    format: str,
 ) -> dict[str, Any]:
     class_name = type(model).__name__
     base = labels.base_model or model.config.name_or_path or None
@@ -223,7 +260,7 @@ def _report(
         "class_name": class_name,
         "pipeline_tag": _pipeline_tag(class_name),
         "base_model": {"id": hub_id(base), "name": hub_id(base) or (base and Path(base).name)},
-        "relation": "finetune" if bits_of(model) is None else "quantized",
+        "relation": "finetune" if bits_of(model) is None and format == "dense" else "quantized",
         "quantized": bits_of(model),
         "license": {"id": labels.license, "name": labels.license_name},
         "dataset": {"name": labels.dataset, "split": labels.split, "rows": rows(trainer)},
@@ -275,5 +312,7 @@ def _write(place: Path, report: Mapping[str, Any], found: Audit) -> None:
         LAYERS: draw_layers({n: found.tensors[n].sparsity for n in found.targets}, place / LAYERS),
     }
     (place / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    card = render(report, pictures=[name for name, done in drawn.items() if done])
+    pictures = [name for name, done in drawn.items() if done]
+    pictures += [name for name in (CODES, ERRORS, HISTOGRAMS) if (place / name).is_file()]
+    card = render(report, pictures=pictures)
     (place / "README.md").write_text(card, encoding="utf-8")

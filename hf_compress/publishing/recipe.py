@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from hf_compress.publishing.audit import Audit
 from hf_compress.publishing.card import hub_id
 from hf_compress.publishing.validate import LOCAL_PATH
+from hf_compress.quantization.grids import Grid
 from hf_compress.targets import find_targets
 
 _TRAINING = (
@@ -47,6 +48,15 @@ class Describes(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class TrainsOnGrids(Protocol):
+    """A callback that leaves weights on integer grids; `grids` tells which, by name of the weight."""
+
+    grids: dict[str, Grid]
+
+    def describe(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What `describe()` of the callbacks, the teacher, the arguments and the command line tell.
@@ -64,6 +74,11 @@ class Recipe:
         """Names of the weights that the methods set zeros in."""
         names = (name for method in self.methods for name in method.get("weights", ()))
         return list(dict.fromkeys(names))
+
+    @property
+    def grids(self) -> dict[str, str]:
+        """How the grid of each weight was found that the methods left on one."""
+        return {name: method["grid"] for method in self.methods for name in method.get("quantized", ())}
 
     def check(self, found: Audit, model: PreTrainedModel, written: Mapping[str, Sequence[str]]) -> None:
         """Raises ValueError where the files are denser than the methods were asked for.
@@ -93,6 +108,17 @@ def recipe_of(trainer: Any | None) -> Recipe:
         training=training,
         command=command,
     )
+
+
+def grids_of(trainer: Any | None) -> dict[str, Grid]:
+    """The grids that the callbacks of a trainer left weights on, by name; none before the training."""
+    callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+    return {
+        name: grid
+        for callback in callbacks
+        if isinstance(callback, TrainsOnGrids)
+        for name, grid in callback.grids.items()
+    }
 
 
 def teacher_of(trainer: Any | None) -> Any | None:

@@ -1,0 +1,230 @@
+"""Weights that were trained on integer grids, as they are in the written files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import CompressedTensorsConfig, PreTrainedModel
+
+from hf_compress.publishing.audit import Audit, audit, count_tensor
+from hf_compress.publishing.naming import written_as
+from hf_compress.publishing.pictures import CODES, draw_codes
+from hf_compress.quantization.analysis import WeightAnalysis
+from hf_compress.quantization.grids import Grid, GroupSize, Scheme, fake_quantize, grouped, quantize
+from hf_compress.quantization.statistics import SCHEMES, WeightStatistics, statistics_of
+from hf_compress.targets import find_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Weights whose names differ in numbers only, as those of one layer and the next, and whose grids
+    are alike.
+
+    per_scale: weights that share a scale. codes: the fraction of the 2**bits codes that occur.
+    zeros: the fraction of weights that are 0. error: ||w - q(w)|| / ||w|| of the dense model's weights
+    and this kind of grid, without any training; None where there is no dense model of these weights.
+    """
+
+    name: str
+    weights: int
+    parameters: int
+    bits: int
+    per_scale: int
+    zero_points: bool
+    codes: float
+    zeros: float
+    error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """One weight as the files hold it, with the grid it was trained on, on the CPU."""
+
+    weight: Tensor
+    grid: Grid
+    input_dim: int
+    group_size: GroupSize
+
+    @property
+    def groups(self) -> Tensor:
+        return self.grouped(self.weight)
+
+    def grouped(self, weight: Tensor) -> Tensor:
+        return grouped(weight, input_dim=self.input_dim, group_size=self.group_size)
+
+
+def inspect_integers(
+    folder: Path,
+    model: PreTrainedModel,
+    grids: Mapping[str, Grid],
+    *,
+    format: str,
+    targets: Sequence[str],
+    baseline: PreTrainedModel | None,
+    chosen: Mapping[str, str],
+) -> tuple[Audit, dict[str, Any]]:
+    """The audit of the files of `model` in `folder`, and the part of `report.json` about integers.
+
+    The integers are opened again, and counted as the weights that they stand for, with their bytes as
+    stored. Draws into `folder` how often each code occurs, and with a `baseline` of the same weights
+    what `WeightAnalysis.draw` does. chosen: how the grid of each weight was found, as
+    `QuantizationCallback(grid=...)`.
+
+    Raises ValueError where a weight of the files is not on its grid or not that of `model`, and as
+    `audit`.
+    """
+    opened = _open(folder, model, grids, format)
+    for name, found in opened.items():
+        trained = model.get_parameter(name).detach().cpu()
+        on_grid = fake_quantize(found.groups, found.grid).equal(found.groups)
+        if not (on_grid and found.weight.equal(trained)):
+            raise ValueError(
+                f"{name} is not on the grid that it was trained on, as the files hold it: something "
+                "changed it after the training. Load the last checkpoint, or train again."
+            )
+    codes = {name: _code_counts(found) for name, found in opened.items()}
+    analysis = _analyse_dense(baseline, opened)
+    draw_codes(sum(codes.values(), Counter()), folder / CODES)
+    if analysis is not None:
+        analysis.draw(folder)
+    part = {
+        "format": format,
+        "bits": max(grid.bits for grid in grids.values()),
+        "weights": len(grids),
+        "parameters": sum(found.weight.numel() for found in opened.values()),
+        "kinds": [
+            asdict(_kind(names, opened, codes, analysis, chosen)) for names in _alike(opened).values()
+        ],
+        "errors": analysis and {str(bits): analysis.errors(bits) for bits in analysis.bits},
+    }
+    if format == "dense":
+        return audit(folder, targets=targets), part
+    stored = audit(folder)
+    tensors = dict(stored.tensors)
+    for name, (written,) in written_as(model, grids).items():
+        layer = written.removesuffix("weight")
+        keys = [key for key in tensors if key.startswith((f"{layer}weight", f"{layer}_weight_"))]
+        size = sum(tensors.pop(key).bytes for key in keys)
+        counted = count_tensor(opened[name].weight)
+        tensors[written] = replace(counted, dtype=f"int{grids[name].bits}", bytes=size)
+    return replace(stored, tensors=tensors, targets=tuple(targets)), part
+
+
+def _open(
+    folder: Path, model: PreTrainedModel, grids: Mapping[str, Grid], format: str
+) -> dict[str, _Opened]:
+    packed = format == "compressed-tensors"
+    settings = CompressedTensorsConfig(dequantize=True) if packed else None
+    reopened = type(model).from_pretrained(folder, quantization_config=settings)
+    targets = find_targets(model, list(grids)).targets
+    opened = {}
+    for name, grid in grids.items():
+        param: Any = reopened.get_parameter(name)
+        is_torchao = is_traceable_wrapper_subclass(param)
+        weight = param.dequantize() if is_torchao else param.detach()
+        dim = targets[name].input_dim
+        # One scale for each output feature is a group of all its inputs.
+        whole = grid.scale.shape[-2:] == (1, 1)
+        opened[name] = _Opened(
+            weight=weight,
+            grid=Grid(
+                scale=grid.scale.cpu(),
+                zero_point=None if grid.zero_point is None else grid.zero_point.cpu(),
+                bits=grid.bits,
+            ),
+            input_dim=dim,
+            group_size="tensor" if whole else weight.shape[dim] // grid.scale.shape[dim],
+        )
+    return opened
+
+
+def _code_counts(found: _Opened) -> Counter[int]:
+    codes, counts = quantize(found.groups, found.grid).unique(return_counts=True)
+    return Counter(dict(zip(codes.tolist(), counts.tolist(), strict=True)))
+
+
+def _analyse_dense(
+    baseline: PreTrainedModel | None, opened: Mapping[str, _Opened]
+) -> WeightAnalysis | None:
+    """As `hf_compress.quantization.analysis.analyse`, of these weights also where a teacher's are
+    frozen."""
+    dense = {} if baseline is None else dict(baseline.named_parameters())
+    if any(
+        name not in dense or dense[name].shape != found.weight.shape for name, found in opened.items()
+    ):
+        return None
+    widths = tuple(sorted({found.grid.bits for found in opened.values()}, reverse=True))
+    weights = {}
+    for name, found in opened.items():
+        schemes = {
+            bits: {
+                label: Scheme(bits=bits, group_size=found.group_size, symmetric=symmetric, grid=kind)
+                for label, (kind, symmetric) in SCHEMES.items()
+            }
+            for bits in widths
+        }
+        weight = dense[name].detach()
+        groups = found.grouped(weight)
+        weights[name] = statistics_of(weight, groups.reshape(-1, groups.shape[-1]), schemes)
+    return WeightAnalysis(
+        weights=weights, skipped={}, bits=widths, group_size=next(iter(opened.values())).group_size
+    )
+
+
+def _alike(opened: Mapping[str, _Opened]) -> dict[tuple[object, ...], list[str]]:
+    kinds: dict[tuple[object, ...], list[str]] = {}
+    for name, found in opened.items():
+        symmetric = found.grid.zero_point is None
+        key = (_general(name), found.grid.bits, found.groups.shape[-1], symmetric)
+        kinds.setdefault(key, []).append(name)
+    return kinds
+
+
+def _general(name: str) -> str:
+    return re.sub(r"\d+", "N", name.removesuffix(".weight"))
+
+
+def _kind(
+    names: Sequence[str],
+    opened: Mapping[str, _Opened],
+    codes: Mapping[str, Counter[int]],
+    analysis: WeightAnalysis | None,
+    chosen: Mapping[str, str],
+) -> Kind:
+    first = opened[names[0]]
+    grid, parameters = first.grid, sum(opened[name].weight.numel() for name in names)
+    nonzeros = sum(int(opened[name].weight.count_nonzero()) for name in names)
+    symmetric = grid.zero_point is None
+    error = None
+    if analysis is not None:
+        dense = {name: analysis.weights[name] for name in names}
+        norm = math.hypot(*(weight.norm for weight in dense.values()))
+        moved = math.hypot(
+            *(_error(w, grid.bits, chosen[name], symmetric) * w.norm for name, w in dense.items())
+        )
+        error = moved / norm if norm else 0.0
+    return Kind(
+        name=_general(names[0]),
+        weights=len(names),
+        parameters=parameters,
+        bits=grid.bits,
+        per_scale=first.groups.shape[-1],
+        zero_points=not symmetric,
+        codes=len(set().union(*(codes[name] for name in names))) / 2**grid.bits,
+        zeros=1 - nonzeros / parameters,
+        error=error,
+    )
+
+
+def _error(weight: WeightStatistics, bits: int, grid: str, symmetric: bool) -> float:
+    labels = {scheme: label for label, scheme in SCHEMES.items()}
+    # "auto" is none of them: in each group it takes the best, and is no worse than the best for all.
+    return weight.errors[bits][labels.get((grid, symmetric), weight.best(bits))]
