@@ -54,6 +54,9 @@ class Quantizer(TimedConstraint):
     The grid is fitted to what masks have left, and the result does not depend on which constraint was
     attached first.
 
+    Save the optimizer of FSDP2 shards sharded, as Trainer does: torch does not load a full state dict into
+    a new optimizer, as it shards only what that has already.
+
     Memory for each weight: a latent copy; for each group a scale, unless symmetric a zero point, and of
     a learned scale two moments.
 
