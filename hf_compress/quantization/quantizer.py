@@ -54,8 +54,8 @@ class Quantizer(TimedConstraint):
     The grid is fitted to what masks have left, and the result does not depend on which constraint was
     attached first.
 
-    Save the optimizer of FSDP2 shards sharded, as Trainer does: torch does not load a full state dict into
-    a new optimizer, as it shards only what that has already.
+    Save the optimizer of FSDP2 shards sharded, which is Accelerate's default there: of a full state
+    dict torch shards only what the optimizer that it is loaded into has already.
 
     Memory for each weight: a latent copy; for each group a scale, unless symmetric a zero point, and of
     a learned scale two moments.
