@@ -27,8 +27,8 @@ def publish_run(
     split: str,
     baseline: PreTrainedModel | None = None,
     base_model: str | None = None,
-) -> dict[str, Any]:
-    """`publish` with what the arguments tell; the report. On several ranks call it on each."""
+) -> None:
+    """`publish` with what the arguments tell. On several ranks call it on each."""
     publish(
         trainer,
         folder=folder,
@@ -39,7 +39,6 @@ def publish_run(
         split=split,
         metric=METRICS[arguments.task],
     )
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def publish_into(
@@ -59,16 +58,16 @@ def publish_into(
         for file in folder.iterdir():
             file.replace(output / file.name)
         folder.rmdir()
-
-    report = publish_run(trainer, arguments, folder, split=split, baseline=baseline)
-    on_main_process(move_up)
-    if trainer.is_world_process_zero():
-        print_table(report, "dense", "compressed")
+        print_table(output, "dense", "compressed")
         print(f"model, card and report are in {output}")
 
+    publish_run(trainer, arguments, folder, split=split, baseline=baseline)
+    on_main_process(move_up)
 
-def print_table(report: dict[str, Any], dense: str, compressed: str) -> None:
-    """Scores, size and latency of both models, under these names."""
+
+def print_table(folder: Path, dense: str, compressed: str) -> None:
+    """Scores, size and latency of both models of a published folder, under these names."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     rows = {
         report["metric"]: ("metrics", report["metric"]),
         "megabytes": ("bytes",),

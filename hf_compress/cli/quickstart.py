@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     trainer.train()
     name = f"minilm-r8-{options.layers}layers-sparse{100 * options.sparsity:.0f}"
     student = folder / name
-    report = publish_run(
+    publish_run(
         trainer,
         arguments,
         student,
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         baseline=teacher,
         base_model="sentence-transformers/all-MiniLM-L6-v2",
     )
-    print_table(report, "teacher", "student")
+    print_table(student, "teacher", "student")
     reloaded = evaluate_as_a_stranger(student, test)
     print(f"reloaded from {student} by plain transformers: accuracy {reloaded:.4g}")
 
