@@ -8,10 +8,10 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_compress.calibration.batches import Batch, check_calibration
 from hf_compress.callbacks.constraining import ConstrainingCallback
 from hf_compress.constraint import constrain
 from hf_compress.distributed import local
-from hf_compress.pruning.calibration import Batch, check_calibration
 from hf_compress.quantization.activations import InputQuantizer, check_inputs
 from hf_compress.quantization.calibrated import InputGrids, calibrated_grids
 from hf_compress.quantization.grids import Grid, GroupSize, check_bits, fake_quantize, grouped

@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_compress.calibration.batches import Batch
 from hf_compress.cli.arguments import CalibrationArguments
 from hf_compress.cli.compress import check_folder
 from hf_compress.cli.data import bare_name, label_names, load_shuffled, load_tokenizer, tokenized
 from hf_compress.measure import environment
-from hf_compress.pruning.calibration import Batch
 from hf_compress.publishing.audit import Audit
 
 Reads = Literal["nothing", "texts", "labels"]

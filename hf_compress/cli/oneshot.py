@@ -12,8 +12,7 @@ from hf_compress.cli.arguments import CalibrationArguments
 from hf_compress.cli.calibrated import Reads, check, finish, loaded
 from hf_compress.cli.errors import refusing
 from hf_compress.cli.recipe import parse
-from hf_compress.pruning.oneshot.prune import OneShotReport, OneShotScore, prune_oneshot_
-from hf_compress.pruning.oneshot.requirements import parse_pattern
+from hf_compress.pruning.oneshot.prune import OneShotReport, OneShotScore, parse_pattern, prune_oneshot_
 from hf_compress.publishing.audit import Audit, audit
 from hf_compress.publishing.naming import written_as
 from hf_compress.targets import counted, find_targets

@@ -11,11 +11,11 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_compress.calibration.batches import Batch, check_calibration
+from hf_compress.calibration.layer_inputs import LayerInputs, Seen, eager_experts
+from hf_compress.calibration.lockstep import Call
+from hf_compress.calibration.requirements import check_experts, check_targets
 from hf_compress.frozen import evaluating
-from hf_compress.pruning.calibration import Batch, check_calibration
-from hf_compress.pruning.oneshot.layer_inputs import LayerInputs, Seen, eager_experts
-from hf_compress.pruning.oneshot.lockstep import Call
-from hf_compress.pruning.oneshot.requirements import check_experts, check_targets
 from hf_compress.pruning.oneshot.wanda import add_squares
 from hf_compress.targets import Target, find_targets
 

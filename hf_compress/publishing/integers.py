@@ -128,7 +128,7 @@ def _open(
     opened = {}
     for name, grid in grids.items():
         param: Any = reopened.get_parameter(name)
-        is_torchao = is_traceable_wrapper_subclass(param)
+        is_torchao = bool(is_traceable_wrapper_subclass(param))
         weight = param.dequantize() if is_torchao else param.detach()
         dim = targets[name].input_dim
         # One scale for each output feature is a group of all its inputs.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_compress.pruning.oneshot.sparsegpt import inverse_factor, sweep_
+from hf_compress.calibration.second_order import inverse_factor, sweep_
 from hf_compress.quantization.grids import Grid, fake_quantize
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_compress.pruning.calibration import Batch, check_calibration
-from hf_compress.pruning.oneshot.layer_inputs import Seen
-from hf_compress.pruning.oneshot.layerwise import layer_by_layer, matrices
-from hf_compress.pruning.oneshot.offloading import in_memory
-from hf_compress.pruning.oneshot.requirements import check_damping, check_experts, check_targets
-from hf_compress.pruning.oneshot.sparsegpt import add_gram
+from hf_compress.calibration.batches import Batch, check_calibration
+from hf_compress.calibration.layer_inputs import Seen
+from hf_compress.calibration.layerwise import layer_by_layer, matrices
+from hf_compress.calibration.offloading import in_memory
+from hf_compress.calibration.requirements import check_damping, check_experts, check_targets
+from hf_compress.calibration.second_order import add_gram
 from hf_compress.quantization.gptq import gptq, ordered_factor
 from hf_compress.quantization.grids import (
     Grid,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_compress.pruning.oneshot.sparsegpt import add_gram
+from hf_compress.calibration.second_order import add_gram
 from hf_compress.quantization.gptq import gptq, ordered_factor
 from hf_compress.quantization.grids import Scheme, fake_quantize, fit, grouped
 

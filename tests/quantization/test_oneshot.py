@@ -15,8 +15,8 @@ from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
 from torch import nn
 
 from hf_compress import prune_oneshot_, quantize_oneshot_, save_quantized
+from hf_compress.calibration.second_order import add_gram
 from hf_compress.constraint import constrain
-from hf_compress.pruning.oneshot.sparsegpt import add_gram
 from hf_compress.quantization.gptq import gptq, ordered_factor
 from hf_compress.quantization.grids import GRIDS, Scheme, fake_quantize, fit, grouped
 from hf_compress.quantization.quantizer import Quantizer

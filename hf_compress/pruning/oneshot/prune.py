@@ -12,19 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_compress.pruning.calibration import Batch, check_calibration
-from hf_compress.pruning.oneshot.layer_inputs import Accumulate, Seen
-from hf_compress.pruning.oneshot.layerwise import layer_by_layer, matrices
-from hf_compress.pruning.oneshot.offloading import in_memory
-from hf_compress.pruning.oneshot.requirements import (
-    check_damping,
-    check_experts,
-    check_targets,
-    parse_pattern,
-)
-from hf_compress.pruning.oneshot.sparsegpt import add_gram, inverse_factor, sparsegpt
+from hf_compress.calibration.batches import Batch, check_calibration
+from hf_compress.calibration.layer_inputs import Accumulate, Seen
+from hf_compress.calibration.layerwise import layer_by_layer, matrices
+from hf_compress.calibration.offloading import in_memory
+from hf_compress.calibration.requirements import check_damping, check_experts, check_targets
+from hf_compress.calibration.second_order import add_gram, inverse_factor
+from hf_compress.pruning.masks import sparsity_of
+from hf_compress.pruning.oneshot.sparsegpt import sparsegpt
 from hf_compress.pruning.oneshot.wanda import add_squares, wanda_mask
-from hf_compress.pruning.patterns import keep_n_of_m
+from hf_compress.pruning.patterns import Pattern, keep_n_of_m
 from hf_compress.pruning.scores import magnitude
 from hf_compress.pruning.select import keep_highest
 from hf_compress.targets import Selection, Target, find_targets
@@ -232,3 +229,13 @@ def _output_energy(weight: Tensor, total: Tensor | None) -> float:
         return weight.square().sum().item()
     total = total.to(weight.device)
     return ((weight @ total if total.dim() == 2 else weight * total) * weight).sum().item()
+
+
+def parse_pattern(pattern: str, sparsity: float | None) -> tuple[tuple[int, int] | None, float]:
+    """(n, m) of "N:M", None for "unstructured"; and the sparsity that it makes."""
+    parsed = Pattern.parse(pattern)
+    if not parsed.elementwise:
+        raise ValueError(f"`pattern` is {pattern!r}; it is 'unstructured', or 'N:M' such as '2:4'.")
+    if parsed.kept is None or parsed.group is None:
+        return None, sparsity_of(parsed, sparsity)
+    return (parsed.kept, parsed.group), sparsity_of(parsed, sparsity)

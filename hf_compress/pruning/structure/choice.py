@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.pruning.calibration import Batch
+from hf_compress.calibration.batches import Batch
 from hf_compress.pruning.structure.architectures import Kind
 from hf_compress.pruning.structure.config import check_numbers, smaller_config
 from hf_compress.pruning.structure.scores import UnitScore, score_units

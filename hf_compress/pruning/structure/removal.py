@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.pruning.calibration import Batch
+from hf_compress.calibration.batches import Batch
 from hf_compress.pruning.structure.choice import Layers, choose_units
 from hf_compress.pruning.structure.config import Kept, check_numbers, smaller_config
 from hf_compress.pruning.structure.scores import UnitScore

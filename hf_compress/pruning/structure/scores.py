@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_compress.calibration.batches import Batch, check_calibration
 from hf_compress.frozen import evaluating
-from hf_compress.pruning.calibration import Batch, check_calibration
 from hf_compress.pruning.structure.units import Units
 
 UnitScore = Literal["taylor", "activation", "magnitude", "random"]

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hf_compress.pruning.oneshot.sparsegpt import COLUMNS, add_gram, inverse_factor, sparsegpt
+from hf_compress.calibration.second_order import COLUMNS, add_gram, inverse_factor
+from hf_compress.pruning.oneshot.sparsegpt import sparsegpt
 
 DAMPING = 0.01
 

@@ -11,23 +11,11 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_compress.pruning.calibration import Batch, padding_mask
-from hf_compress.pruning.masks import sparsity_of
-from hf_compress.pruning.oneshot.layer_inputs import Seen
-from hf_compress.pruning.patterns import Pattern
+from hf_compress.calibration.batches import Batch, padding_mask
+from hf_compress.calibration.layer_inputs import Seen
 from hf_compress.targets import Selection
 
 logger = logging.get_logger(__name__)
-
-
-def parse_pattern(pattern: str, sparsity: float | None) -> tuple[tuple[int, int] | None, float]:
-    """(n, m) of "N:M", None for "unstructured"; and the sparsity that it makes."""
-    parsed = Pattern.parse(pattern)
-    if not parsed.elementwise:
-        raise ValueError(f"`pattern` is {pattern!r}; it is 'unstructured', or 'N:M' such as '2:4'.")
-    if parsed.kept is None or parsed.group is None:
-        return None, sparsity_of(parsed, sparsity)
-    return (parsed.kept, parsed.group), sparsity_of(parsed, sparsity)
 
 
 def check_damping(damping: float) -> None:

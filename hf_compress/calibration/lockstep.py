@@ -26,7 +26,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_compress.pruning.calibration import Batch
+from hf_compress.calibration.batches import Batch
 from hf_compress.targets import without_adapters
 
 

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.pruning.calibration import Batch, padding_mask
-from hf_compress.pruning.oneshot.lockstep import Call
+from hf_compress.calibration.batches import Batch, padding_mask
+from hf_compress.calibration.lockstep import Call
 from hf_compress.targets import Target, without_adapters
 
 Accumulate = Callable[[Tensor | None, Tensor], Tensor]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_compress.pruning.calibration import check_calibration, padding_mask
+from hf_compress.calibration.batches import check_calibration, padding_mask
 
 IDS = torch.ones(2, 4, dtype=torch.long)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_compress.pruning.oneshot.lockstep import lockstep
+from hf_compress.calibration.lockstep import lockstep
 
 
 class Wasteful(nn.Module):

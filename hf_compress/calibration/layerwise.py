@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_compress.calibration.batches import Batch
+from hf_compress.calibration.layer_inputs import Accumulate, LayerInputs, Seen, eager_experts
+from hf_compress.calibration.lockstep import called_once, is_inside, lockstep
+from hf_compress.calibration.requirements import check_seen
 from hf_compress.frozen import evaluating
-from hf_compress.pruning.calibration import Batch
-from hf_compress.pruning.oneshot.layer_inputs import Accumulate, LayerInputs, Seen, eager_experts
-from hf_compress.pruning.oneshot.lockstep import called_once, is_inside, lockstep
-from hf_compress.pruning.oneshot.requirements import check_seen
 from hf_compress.targets import Target, without_adapters
 
 
