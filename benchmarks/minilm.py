@@ -1,5 +1,6 @@
 """Shared by the benchmarks that fine-tune MiniLM: data, the dense model, and its training."""
 
+import json
 import os
 from pathlib import Path
 
@@ -92,3 +93,12 @@ def dense(corpus_name, tokenizer, train, test, names, *, length, epochs, learnin
         fine.train()
         fine.save_model(folder)
     return folder
+
+
+def cached(file, make):
+    """What `make` returned the first time, kept as JSON in `file`."""
+    if not file.exists():
+        found = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())

