@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from methods import METHODS, SPARSITY
+from methods import METHODS, SPARSITY, pruning
 from short import arguments
 from tiny import (
     VOCABULARY,
@@ -165,6 +165,20 @@ def test_weights_that_were_not_loaded_are_told(tmp_path, name):
     trainer(tmp_path, method, name, save_strategy="steps", save_steps=5).train()
     with pytest.raises(ValueError, match=r"were not loaded.*from_pretrained\(checkpoint\)"):
         trainer(tmp_path, method, name).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_weights_that_were_not_loaded_are_told_before_any_is_pruned(tmp_path, name):
+    method, settings = pruning("late", start=6), {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path, method, name, **settings)
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"were not loaded.*from_pretrained\(checkpoint\)"):
+        trainer(tmp_path, method, name).train(resume_from_checkpoint=checkpoint)
+    rest = trainer(tmp_path, method, name, type(whole.model).from_pretrained(checkpoint))
+    rest.train(resume_from_checkpoint=checkpoint)
+    for param, other in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+        assert param.equal(other)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
