@@ -6,13 +6,14 @@ thread. So any architecture runs as it is, each layer sees the layers before it 
 nothing is computed twice, and what is held is what the forwards hold where they stand.
 
 Threads would do the same at a price: OpenMP gives each of them a team of threads of its own, cores
-times batches in all, and malloc an arena, in which memory stays that was freed. With SmolLM2-135M and
-eight batches they took 100 MB more after three layers, and more with each layer that followed.
+times batches in all, and malloc an arena, which keeps memory that was freed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import inspect
+import platform
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,7 @@ class _Lane:
         self.call = None
         with _keeping_modes(self._kinds):
             place: str | None = self.greenlet.switch()
+        _return_freed_memory()
         return place
 
     def pause(self, place: str, call: Call) -> None:
@@ -125,6 +127,13 @@ def _keeping_modes(kinds: Sequence[str]) -> Iterator[None]:
         for kind, (enabled, dtype) in casts.items():
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
+
+
+def _return_freed_memory() -> None:
+    """What glibc's malloc has kept of it, to the system: what one forward frees lies between what the
+    others hold, and of SmolLM2-135M with 32 x 512 tokens 100 MB and more stay so."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def called_once(model: nn.Module, batch: Batch, owners: Collection[str]) -> list[str]:
