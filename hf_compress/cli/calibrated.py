@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -85,6 +85,7 @@ def finish(
     arguments: CalibrationArguments,
     found: Audit,
     *,
+    batches: Sequence[Batch] | None,
     details: Mapping[str, Any],
     table: Mapping[str, str],
 ) -> None:
@@ -97,6 +98,7 @@ def finish(
         "command": command,
         "settings": settings,
         "found": found.to_dict(),
+        "calibration_rows": sum(len(batch["input_ids"]) for batch in batches or []),
         **details,
         "environment": environment(),
     }

@@ -68,11 +68,10 @@ def main(argv: list[str]) -> None:
         }
         check_groups(folder, found, axes, n_of_m)
     details = {
-        "calibration_rows": sum(len(batch["input_ids"]) for batch in batches or []),
         "pruned": {name: asdict(weight) for name, weight in report.weights.items()},
         "left_dense": dict(report.skipped),
     }
-    finish("oneshot", arguments, found, details=details, table=_table(found, report))
+    finish("oneshot", arguments, found, batches=batches, details=details, table=_table(found, report))
 
 
 def check_groups(folder: Path, found: Audit, axes: Mapping[str, int], n_of_m: tuple[int, int]) -> None:

@@ -65,9 +65,12 @@ def main(argv: list[str]) -> None:
     found = audit(arguments.output_dir)
     if found.parameters != expected:
         raise ValueError(f"the files hold {found.parameters:,} parameters, not {expected:,}.")
-    details = {
-        "calibration_rows": sum(len(batch["input_ids"]) for batch in batches or []),
-        "parameters_before": before,
-    }
     share = f"{found.parameters:,} of {before:,} ({found.parameters / before:.2%})"
-    finish("structure", arguments, found, details=details, table={"parameters": share})
+    finish(
+        "structure",
+        arguments,
+        found,
+        batches=batches,
+        details={"parameters_before": before},
+        table={"parameters": share},
+    )

@@ -18,8 +18,8 @@ from hf_compress.publishing.audit import Audit, audit, count_tensor
 from hf_compress.publishing.naming import written_as
 from hf_compress.publishing.pictures import CODES, draw_codes
 from hf_compress.quantization.analysis import WeightAnalysis
-from hf_compress.quantization.grids import Grid, GroupSize, Scheme, fake_quantize, grouped, quantize
-from hf_compress.quantization.statistics import SCHEMES, WeightStatistics, statistics_of
+from hf_compress.quantization.grids import Grid, GroupSize, dequantize, grouped, quantize
+from hf_compress.quantization.statistics import SCHEMES, WeightStatistics, schemes_of, statistics_of
 from hf_compress.targets import find_targets
 
 
@@ -82,17 +82,19 @@ def inspect_integers(
     `audit`.
     """
     opened = _open(folder, model, grids, format)
+    counts = {}
     for name, found in opened.items():
         trained = model.get_parameter(name).detach().cpu()
-        on_grid = fake_quantize(found.groups, found.grid).equal(found.groups)
+        codes = quantize(found.groups, found.grid)
+        on_grid = dequantize(codes, found.grid).equal(found.groups)
         if not (on_grid and found.weight.equal(trained)):
             raise ValueError(
                 f"{name} is not on the grid that it was trained on, as the files hold it: something "
                 "changed it after the training. Load the last checkpoint, or train again."
             )
-    codes = {name: _code_counts(found) for name, found in opened.items()}
+        counts[name] = _counts(codes)
     analysis = _analyse_dense(baseline, opened)
-    draw_codes(sum(codes.values(), Counter()), folder / CODES)
+    draw_codes(sum(counts.values(), Counter()), folder / CODES)
     if analysis is not None:
         analysis.draw(folder)
     part = {
@@ -101,7 +103,7 @@ def inspect_integers(
         "weights": len(grids),
         "parameters": sum(found.weight.numel() for found in opened.values()),
         "kinds": [
-            asdict(_kind(names, opened, codes, analysis, chosen)) for names in _alike(opened).values()
+            asdict(_kind(names, opened, counts, analysis, chosen)) for names in _alike(opened).values()
         ],
         "errors": analysis and {str(bits): analysis.errors(bits) for bits in analysis.bits},
     }
@@ -146,9 +148,9 @@ def _open(
     return opened
 
 
-def _code_counts(found: _Opened) -> Counter[int]:
-    codes, counts = quantize(found.groups, found.grid).unique(return_counts=True)
-    return Counter(dict(zip(codes.tolist(), counts.tolist(), strict=True)))
+def _counts(codes: Tensor) -> Counter[int]:
+    values, counts = codes.unique(return_counts=True)
+    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
 
 def _analyse_dense(
@@ -164,13 +166,7 @@ def _analyse_dense(
     widths = tuple(sorted({found.grid.bits for found in opened.values()}, reverse=True))
     weights = {}
     for name, found in opened.items():
-        schemes = {
-            bits: {
-                label: Scheme(bits=bits, group_size=found.group_size, symmetric=symmetric, grid=kind)
-                for label, (kind, symmetric) in SCHEMES.items()
-            }
-            for bits in widths
-        }
+        schemes = schemes_of(widths, found.group_size)
         weight = dense[name].detach()
         groups = found.grouped(weight)
         weights[name] = statistics_of(weight, groups.reshape(-1, groups.shape[-1]), schemes)
@@ -195,7 +191,7 @@ def _general(name: str) -> str:
 def _kind(
     names: Sequence[str],
     opened: Mapping[str, _Opened],
-    codes: Mapping[str, Counter[int]],
+    counts: Mapping[str, Counter[int]],
     analysis: WeightAnalysis | None,
     chosen: Mapping[str, str],
 ) -> Kind:
@@ -218,7 +214,7 @@ def _kind(
         bits=grid.bits,
         per_scale=first.groups.shape[-1],
         zero_points=not symmetric,
-        codes=len(set().union(*(codes[name] for name in names))) / 2**grid.bits,
+        codes=len(set().union(*(counts[name] for name in names))) / 2**grid.bits,
         zeros=1 - nonzeros / parameters,
         error=error,
     )

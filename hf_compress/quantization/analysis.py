@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from hf_compress.quantization.grids import GroupSize, Scheme, check_divides, check_finite, grouped
+from hf_compress.quantization.grids import GroupSize, check_divides, check_finite, grouped
 from hf_compress.quantization.pictures import draw_errors, draw_histograms
-from hf_compress.quantization.statistics import SCHEMES, WeightStatistics, statistics_of
+from hf_compress.quantization.statistics import SCHEMES, WeightStatistics, schemes_of, statistics_of
 from hf_compress.targets import Selection, counted, find_targets
 
 ERRORS = "grid_errors.png"
@@ -137,13 +137,7 @@ def analyse(
     widths = tuple(bits) if isinstance(bits, Sequence) else (bits,)
     if not widths or len({*widths}) < len(widths):
         raise ValueError(f"`bits` is {bits!r}: pass one width or several different ones, as (8, 4).")
-    schemes = {
-        width: {
-            label: Scheme(bits=width, group_size=group_size, symmetric=symmetric, grid=grid)
-            for label, (grid, symmetric) in SCHEMES.items()
-        }
-        for width in widths
-    }
+    schemes = schemes_of(widths, group_size)
     selection = find_targets(model, targets, ignore)
     _check(model, selection, group_size)
     weights = {}

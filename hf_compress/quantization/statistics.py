@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_compress.quantization.grids import Scheme, fake_quantize, fit
+from hf_compress.quantization.grids import GroupSize, Scheme, fake_quantize, fit
 
 # In the order in which equally good ones are preferred: without zero points first. "auto" is left out,
 # since in each group it takes the best of these.
@@ -22,6 +23,18 @@ SCHEMES = {
     "affine mse": ("mse", False),
     "affine median": ("median", False),
 }
+
+
+def schemes_of(widths: Iterable[int], group_size: GroupSize) -> dict[int, dict[str, Scheme]]:
+    """By bits, all of `SCHEMES` by label."""
+    return {
+        bits: {
+            label: Scheme(bits=bits, group_size=group_size, symmetric=symmetric, grid=grid)
+            for label, (grid, symmetric) in SCHEMES.items()
+        }
+        for bits in widths
+    }
+
 
 OUTLYING = 3.0
 
