@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from datasets import DatasetDict
 from transformers import (
     AutoModelForSequenceClassification,
@@ -50,6 +51,7 @@ def trainer(model, output, tokenizer, train, test, callbacks=None, seed=0, teach
         "save_strategy": "no",
         "logging_steps": 20,
         "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),  # bf16 on a CPU asks for it
         "seed": seed,
     } | arguments
     shared = {
@@ -76,9 +78,12 @@ def classifier(folder, names):
     )
 
 
-def dense(corpus_name, tokenizer, train, test, names, *, length, epochs, learning_rate=1e-4):
+def dense(
+    corpus_name, tokenizer, train, test, names, *, length, epochs, learning_rate=1e-4, bf16=False
+):
     """Folder of MiniLM fine-tuned on the rows; trained once and kept in the cache."""
     settings = (length, "tokens", epochs, "epochs", len(train), "rows", learning_rate)
+    settings += ("bf16",) if bf16 else ()
     folder = CACHE / "-".join(map(str, (corpus_name, *settings)))
     if not (folder / "config.json").exists():
         fine = trainer(
@@ -89,6 +94,7 @@ def dense(corpus_name, tokenizer, train, test, names, *, length, epochs, learnin
             test,
             num_train_epochs=epochs,
             learning_rate=learning_rate,
+            bf16=bf16,
         )
         fine.train()
         fine.save_model(folder)

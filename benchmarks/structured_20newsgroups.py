@@ -26,7 +26,7 @@ from hf_compress.pruning.structure.removal import prune_structure
 
 CORPUS = "20newsgroups"
 OF_PRUNING = ("ffn", "layers", "score", "calibration_rows")
-OF_RECOVERY = ("epochs", "learning_rate", "alpha", "temperature")
+OF_RECOVERY = ("epochs", "learning_rate", "alpha", "temperature", "bf16")
 
 
 def evaluated(folder, data):
@@ -73,6 +73,7 @@ def run(seed, dense_folder, folder, data, options):
         temperature=options.temperature,
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
+        bf16=options.bf16,
     )
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
@@ -119,9 +120,12 @@ def main():
     parser.add_argument("--dense_epochs", type=int, default=4)
     parser.add_argument("--runs", type=int, default=50, help="forward passes for each latency")
     parser.add_argument("--rows", type=int, help="of each split, at random; all by default")
+    parser.add_argument("--bf16", action="store_true", help="autocast, faster where the CPU has it")
     options = parser.parse_args()
     data = minilm.load(CORPUS, options.length, options.rows)
-    dense = minilm.dense(CORPUS, *data, length=options.length, epochs=options.dense_epochs)
+    dense = minilm.dense(
+        CORPUS, *data, length=options.length, epochs=options.dense_epochs, bf16=options.bf16
+    )
     settings = json.dumps({name: vars(options)[name] for name in (*OF_PRUNING, *OF_RECOVERY)})
     digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
     runs = dense.with_name(f"{dense.name}-structured-{digest}")
