@@ -86,6 +86,7 @@ def main():
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--dense_epochs", type=int, default=3)
+    parser.add_argument("--dense_learning_rate", type=float, default=2e-4)
     parser.add_argument("--bf16", action="store_true", help="autocast, faster where the CPU has it")
     options = parser.parse_args()
     data = minilm.load(CORPUS, options.length, options.rows)
@@ -95,7 +96,7 @@ def main():
         *data,
         length=options.length,
         epochs=options.dense_epochs,
-        learning_rate=options.learning_rate,
+        learning_rate=options.dense_learning_rate,
         bf16=options.bf16,
     )
     runs = folder.with_name(f"{folder.name}-pruned-{options.epochs:g}-epochs-{options.learning_rate}")
