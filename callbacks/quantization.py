@@ -13,7 +13,7 @@ from hf_compress.callbacks.constraining import ConstrainingCallback
 from hf_compress.constraint import constrain
 from hf_compress.distributed import local
 from hf_compress.quantization.activations import InputQuantizer, check_inputs
-from hf_compress.quantization.calibrated import InputGrids, calibrated_grids
+from hf_compress.quantization.calibrated import InputGrids, calibrated_grids, check_no_grids
 from hf_compress.quantization.grids import Grid, GroupSize, check_bits, fake_quantize, grouped
 from hf_compress.quantization.plan import QuantizationPlan
 from hf_compress.quantization.quantizer import Quantizer
@@ -50,8 +50,8 @@ class QuantizationCallback(ConstrainingCallback):
     Raises ValueError when made with a value out of range or an empty `calibration`, TypeError for one
     that is not made of tensors; and ValueError when training begins: for targets that match nothing, a
     `group_size` that does not divide, weights that are not finite, a calibration that does not reach a
-    layer, a schedule that cannot finish, a checkpoint without its state, FSDP1, DeepSpeed, layer-wise
-    or schedule-free optimizers, models packed by bitsandbytes or whose weights are frozen under
+    layer, a schedule that cannot finish, a checkpoint without its state or of inputs on fixed grids
+    that has no `calibration` now, FSDP1, DeepSpeed, layer-wise or schedule-free optimizers, models packed by bitsandbytes or whose weights are frozen under
     adapters.
     """
 
@@ -216,7 +216,9 @@ class QuantizationCallback(ConstrainingCallback):
             check_inputs(self._selection.targets)
             if self._batches:
                 self._kept = InputGrids(self.activations)
-        if self._kept is not None:
+        if self._kept is None:
+            check_no_grids(optimizer, parameters)
+        else:
             self._constraints = constrain(optimizer, parameters, self._kept)
             # Before the weights are changed, since it may refuse.
             self.input_grids = self._kept.grids or self._calibrated(model, self._kept)

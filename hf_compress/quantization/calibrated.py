@@ -8,10 +8,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.utils import logging
 
-from hf_compress.constraint import Constraint, Member
+from hf_compress.constraint import Constraint, Member, torch_optimizer
 from hf_compress.frozen import evaluating
 from hf_compress.quantization.grids import Grid, Scheme, fit
 from hf_compress.targets import Target
@@ -122,6 +124,22 @@ class InputGrids(Constraint):
 
     def project_(self, members: Sequence[Member]) -> None:
         """Nothing: any weight will do."""
+
+
+def check_no_grids(
+    optimizer: Optimizer | AcceleratedOptimizer, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Raises ValueError where the optimizer's checkpoint holds grids for inputs, by a training that is
+    now gone on with without: what the weights were fitted to would change without a word."""
+    optimizer = torch_optimizer(optimizer)
+    for name, param in parameters.items():
+        member = Member(name, param, optimizer)
+        if "input_scale" in member:
+            bits = int(member["input_bits"].item())
+            raise ValueError(
+                f"the checkpoint holds a fixed grid of {bits} bits for the inputs of {name}: resume "
+                f"with `activations={bits}` and the `calibration` that it was trained with."
+            )
 
 
 def _check_range(name: str, both: Tensor) -> None:

@@ -243,3 +243,21 @@ def test_a_checkpoint_of_other_inputs_is_refused(tmp_path):
         trainer(tmp_path, [QuantizationCallback(8, **settings)]).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-5")
         )
+
+
+@pytest.mark.parametrize("settings", [{"activations": 8}, {}], ids=["dynamic", "float"])
+@pytest.mark.parametrize("stop", [2, 5, 7], ids=["before the grids", "moving", "fixed"])
+def test_fixed_grids_are_not_lost_in_silence(fixed_run, tmp_path, stop, settings):
+    run = trainer(tmp_path, [QuantizationCallback(8, start=3, end=6, **settings)])
+    with pytest.raises(ValueError, match=r"a fixed grid of 8 bits for the inputs of .*`calibration`"):
+        run.train(resume_from_checkpoint=str(fixed_run / f"checkpoint-{stop}"))
+    assert not any(module._forward_pre_hooks for module in run.model.modules())
+
+
+@pytest.fixture(scope="module")
+def fixed_run(tmp_path_factory):
+    """The folder of a training with fixed grids for the inputs."""
+    folder = tmp_path_factory.mktemp("fixed")
+    callback = QuantizationCallback(8, activations=8, calibration=calibration(), start=3, end=6)
+    trainer(folder, [callback], save_strategy="steps", save_steps=1).train()
+    return folder
