@@ -50,9 +50,9 @@ class QuantizationCallback(ConstrainingCallback):
     Raises ValueError when made with a value out of range or an empty `calibration`, TypeError for one
     that is not made of tensors; and ValueError when training begins: for targets that match nothing, a
     `group_size` that does not divide, weights that are not finite, a calibration that does not reach a
-    layer, a schedule that cannot finish, a checkpoint without its state or of inputs on fixed grids
-    that has no `calibration` now, FSDP1, DeepSpeed, layer-wise or schedule-free optimizers, models packed by bitsandbytes or whose weights are frozen under
-    adapters.
+    layer, a schedule that cannot finish, a checkpoint without its state, or with fixed grids for inputs
+    where `calibration` is missing, FSDP1, DeepSpeed, layer-wise or schedule-free optimizers, models
+    packed by bitsandbytes or whose weights are frozen under adapters.
     """
 
     def __init__(
