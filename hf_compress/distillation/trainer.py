@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
+from hf_compress.distillation.features.match import Match
+from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.tasks import Sums, Task, head_of
 from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher
 from hf_compress.frozen import snapshot
@@ -37,6 +39,8 @@ class DistillationMixin(Trainer):
     teacher: a model (frozen and moved in place), a path or hub id, or "self", a copy of the student as
     it is when the trainer is built: the dense model, when it is pruned later.
     teacher_bits: 8 or 4 loads the teacher through bitsandbytes; None keeps its precision.
+    matches: what is compared inside both models while training, added to the loss by its weight and
+        logged as `loss_<name>`; see `hf_compress.distillation.features.match.Match`.
 
     Takes the arguments of the Trainer below it; `args` must have `temperature` and `alpha`
     (`DistillationArguments`). What cannot work raises here; labels that do not fit the head raise in
@@ -55,6 +59,7 @@ class DistillationMixin(Trainer):
         *others: Any,
         teacher: nn.Module | str,
         teacher_bits: int | None = None,
+        matches: Sequence[Match] = (),
         **trainer_arguments: Any,
     ) -> None:
         if not isinstance(args, DistillationArgumentsMixin):
@@ -75,6 +80,7 @@ class DistillationMixin(Trainer):
         self.head = head_of(self.model)
         self.teacher = load_teacher(teacher, self.head, bits=teacher_bits, device=self.args.device)
         check_pair(self.model, self.teacher)
+        self.matching = FeatureMatching(self.model, self.teacher, matches, self.args.device)
         self._task: Task | None = None
         self._train_sums = self._no_sums()
         self._eval_sums = self._no_sums()
@@ -90,6 +96,7 @@ class DistillationMixin(Trainer):
         items = torch.zeros((), dtype=torch.long, device=device)
         for batch in batches:
             items += self._task_of(batch).count(batch).to(device)
+        self.matching.count(batches, self._summed)
         return batches, self.accelerator.reduce(items, "sum")
 
     def compute_loss(
@@ -106,6 +113,8 @@ class DistillationMixin(Trainer):
         """
         task = self._task_of(inputs)
         features = {name: value for name, value in inputs.items() if name != "labels"}
+        if model.training:
+            self.matching.start(self.model)
         outputs = model(**features)
         with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(**accepted_inputs(self.teacher, {**features, "use_cache": False}))
@@ -122,8 +131,17 @@ class DistillationMixin(Trainer):
             loss = loss / (items / self.accelerator.num_processes)
         else:
             loss = loss / sums.items.clamp(min=1)
+        if model.training:
+            loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
         self._record(sums, training=model.training)
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer below does; nothing stays attached to the models."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.matching.stop()
 
     def evaluation_loop(
         self,
@@ -150,8 +168,10 @@ class DistillationMixin(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the training log, which every process writes
             logs.update(self._means(self._train_sums))
+            logs.update(self.matching.means(self._summed))
         if "loss" in logs or "train_loss" in logs:
             self._train_sums = self._no_sums()
+            self.matching.forget()
         super().log(logs, start_time)
 
     def _task_of(self, batch: Mapping[str, Any]) -> Task:
@@ -171,6 +191,9 @@ class DistillationMixin(Trainer):
             return None
         rows = len(batch["labels"])
         return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum")
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(len(Sums._fields), device=self.args.device)

@@ -1,0 +1,1 @@
+"""What a student learns from inside its teacher: which parts are compared, and by which distance."""
