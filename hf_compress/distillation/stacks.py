@@ -59,7 +59,7 @@ def find_stacks(model: PreTrainedModel) -> dict[str, Stack]:
 def _stack(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> Stack | None:
     owner, inner = max(_models_around(model, path), key=lambda around: len(around[0]))
     config = inner.config
-    if not any(config is part for part in _configs(model.config)):
+    if not any(config is part for part in configs_in(model.config)):
         config = model.config  # T5 gives its stacks altered copies, which are not saved
     name = owner
     if model.config.is_encoder_decoder:
@@ -78,7 +78,7 @@ def _models_around(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrai
     ]
 
 
-def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def configs_in(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """`config` and those inside it."""
     inner = [getattr(config, name) for name in config.sub_configs]
-    return [config, *(part for sub in inner if sub is not None for part in _configs(sub))]
+    return [config, *(part for sub in inner if sub is not None for part in configs_in(sub))]

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from hf_compress.constraint import torch_optimizer
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
+from hf_compress.distillation.features.presets import as_matches
 from hf_compress.distillation.tasks import Sums, Task, head_of
 from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher
 from hf_compress.frozen import snapshot
@@ -40,7 +42,8 @@ class DistillationMixin(Trainer):
     it is when the trainer is built: the dense model, when it is pruned later.
     teacher_bits: 8 or 4 loads the teacher through bitsandbytes; None keeps its precision.
     matches: what is compared inside both models while training, added to the loss by its weight and
-        logged as `loss_<name>`; see `hf_compress.distillation.features.match.Match`.
+        logged as `loss_<name>`: one or several `hf_compress.distillation.features.match.Match`, or the
+        name of a preset. Evaluation compares the outputs only.
 
     Takes the arguments of the Trainer below it; `args` must have `temperature` and `alpha`
     (`DistillationArguments`). What cannot work raises here; labels that do not fit the head raise in
@@ -59,7 +62,7 @@ class DistillationMixin(Trainer):
         *others: Any,
         teacher: nn.Module | str,
         teacher_bits: int | None = None,
-        matches: Sequence[Match] = (),
+        matches: str | Match | Sequence[Match] = (),
         **trainer_arguments: Any,
     ) -> None:
         if not isinstance(args, DistillationArgumentsMixin):
@@ -80,7 +83,18 @@ class DistillationMixin(Trainer):
         self.head = head_of(self.model)
         self.teacher = load_teacher(teacher, self.head, bits=teacher_bits, device=self.args.device)
         check_pair(self.model, self.teacher)
-        self.matching = FeatureMatching(self.model, self.teacher, matches, self.args.device)
+        self.matching = FeatureMatching(
+            self.model,
+            self.teacher,
+            as_matches(matches),
+            device=self.args.device,
+            seed=self.args.seed,
+        )
+        if self.matching.projections.weights and self.is_fsdp_enabled:
+            raise NotImplementedError(
+                "`matches` with a projection under FSDP: its optimizer saves parameters of the model "
+                "only. Use DDP, or match layers of equal width."
+            )
         self._task: Task | None = None
         self._train_sums = self._no_sums()
         self._eval_sums = self._no_sums()
@@ -135,6 +149,30 @@ class DistillationMixin(Trainer):
             loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
         self._record(sums, training=model.training)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the Trainer below does, with a group for each projection of the matches."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.matching.projections.weights:
+            self.matching.join(torch_optimizer(optimizer))
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer below does; DDP knows nothing of the projections of the matches."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.matching.end_step(self._summed, lambda grad: self.accelerator.reduce(grad, "mean"))
+        return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.matching.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.matching.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer below does; nothing stays attached to the models."""

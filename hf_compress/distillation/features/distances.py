@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def precise(values: Tensor) -> Tensor:
+    """In fp32 or better."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over the width of (student - teacher)^2 (papers/1909.10351). (..., width) -> (...)."""
     return (student - teacher).square().mean(-1)

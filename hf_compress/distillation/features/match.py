@@ -72,6 +72,8 @@ class Match:
                 f"`layers` is {self.layers!r}: pass one of {', '.join(LAYER_MAPS)}, or pairs of "
                 "numbers (student's, teacher's)."
             )
+        if self.layers != "uniform" and self.what not in ("hidden", *SCORED):
+            raise ValueError(f"`layers` is {self.layers!r}, but {self.what!r} is not of a layer.")
         if self.layers == "closest" and self.what != "hidden":
             raise ValueError(f"the closest layers are found by hidden states, not by {self.what!r}.")
         if self.tokens not in (*TOKENS, None) or (self.what in SCORED and self.tokens != "all"):
@@ -88,6 +90,8 @@ class Match:
             )
         if self.projection and self.what in SCORED:
             raise ValueError(f"{self.what!r} needs no projection: leave it out.")
+        if self.learning_rate is not None and not self.projection:
+            raise ValueError("`learning_rate` is that of a projection: pass projection=True too.")
         if self.teacher_module is not None and self.what in KINDS:
             raise ValueError(
                 f"`teacher_module` goes with the name of a module, not with {self.what!r}."

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from hf_compress.distillation.features.distances import DISTANCES
+from hf_compress.distillation.features.attention import Attended
+from hf_compress.distillation.features.distances import DISTANCES, precise
 from hf_compress.distillation.features.items import token_mask, vectors
-from hf_compress.distillation.features.layer_maps import layer_pairs
-from hf_compress.distillation.features.match import KINDS, Match
-from hf_compress.distillation.features.recorder import Feature
-from hf_compress.distillation.stacks import Stack, find_stacks
+from hf_compress.distillation.features.match import Match
+from hf_compress.distillation.features.recorder import Feature, Value
+from hf_compress.distillation.features.relations import attention_costs, relation_costs
 
-Values = Mapping[Feature, Tensor]
+Values = Mapping[Feature, Value]
+Pair = tuple[Feature, Feature]
 
 
 @dataclass(frozen=True)
 class Term:
     """One match in one stack: `name` is its own among all, and each pair is (student's, teacher's).
 
-    widths: of the student's and the teacher's vectors, for each pair that has a projection.
+    widths: of the student's and the teacher's vectors where a projection is between them.
+    candidates: all of the student's layers, where the pairs are only a start.
     """
 
     name: str
     match: Match
     stack: str
-    pairs: Sequence[tuple[Feature, Feature]]
-    widths: tuple[int, int] | None
+    pairs: Sequence[Pair]
+    widths: tuple[int, int] | None = None
+    candidates: Sequence[Feature] = ()
 
     def total(
         self,
@@ -40,127 +41,82 @@ class Term:
         teacher: Values,
         batch: Mapping[str, Any],
         projections: Mapping[str, Tensor],
+        pairs: Sequence[Pair] | None = None,
     ) -> Tensor:
-        """Sum of the distances of all items of `batch`, a scalar, averaged over the pairs."""
+        """Sum of the distances of all items of `batch`, a scalar, averaged over `pairs` (by default its
+        own), of which each has the projection of its number."""
+        mask = token_mask(batch, self.stack)
         totals = []
-        for number, (ours, theirs) in enumerate(self.pairs):
-            learner, example = student[ours], teacher[theirs].to(student[ours].device)
-            mask = token_mask(batch, self.stack)
-            _check_shapes(self, learner, example, mask)
-            learner, weight = vectors(learner, mask, self.match.tokens)
-            example, _ = vectors(example, mask, self.match.tokens)
-            learner, example = _precise(learner), _precise(example)
+        for number, (ours, theirs) in enumerate(self.pairs if pairs is None else pairs):
             projection = projections.get(f"{self.name}.{number}")
-            if projection is not None:
-                learner = learner @ projection.T
-            if learner.shape != example.shape:
-                raise ValueError(
-                    f"match {self.name!r}: the student's vectors have width {learner.shape[-1]}, the "
-                    f"teacher's {example.shape[-1]}. Pass projection=True."
-                )
-            distance = DISTANCES[self.match.distance_name]
-            totals.append(weight * distance(learner, example).sum())
+            costs, weight = self._costs(student[ours], teacher[theirs], mask, projection)
+            totals.append(weight * costs.sum())
         return torch.stack(totals).mean()
 
+    @torch.no_grad()
+    def distances(
+        self,
+        student: Values,
+        teacher: Values,
+        batch: Mapping[str, Any],
+        projections: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Sums (pairs, candidates) over the items of `batch`: of the teacher's side of each pair to
+        each candidate."""
+        mask = token_mask(batch, self.stack)
+        rows = []
+        for number, (_, theirs) in enumerate(self.pairs):
+            projection = projections.get(f"{self.name}.{number}")
+            costs = [
+                self._costs(student[ours], teacher[theirs], mask, projection)[0].sum()
+                for ours in self.candidates
+            ]
+            rows.append(torch.stack(costs))
+        return torch.stack(rows)
 
-def resolve(match: Match, student: PreTrainedModel, teacher: PreTrainedModel) -> list[Term]:
-    """The terms of `match`, one for each stack. Raises ValueError where it does not fit the models."""
-    stacks, others = find_stacks(student), find_stacks(teacher)
-    if stacks.keys() != others.keys():
-        raise ValueError(
-            f"the student has {', '.join(stacks)}, the teacher {', '.join(others)}: inner parts of "
-            "models of different build cannot be compared."
-        )
-    name = match.name or match.what
-    if match.what not in KINDS:
-        return [_module_term(name, match, student, teacher, stacks)]
-    chosen = list(stacks) if match.stack is None else [match.stack]
-    if unknown := [place for place in chosen if place not in stacks]:
-        raise ValueError(
-            f"match {name!r}: there is no stack {unknown[0]!r} in {type(student).__name__}, only "
-            f"{', '.join(stacks)}."
-        )
-    return [
-        _stack_term(
-            name if len(chosen) == 1 else f"{name}_{place}", match, stacks[place], others[place]
-        )
-        for place in chosen
-    ]
-
-
-def _stack_term(name: str, match: Match, ours: Stack, theirs: Stack) -> Term:
-    pairs = [(0, 0)]
-    if match.what != "embeddings":
-        pairs = layer_pairs(match.layers, len(ours.layers), len(theirs.layers))
-    widths = (ours.config.hidden_size, theirs.config.hidden_size)
-    if widths[0] != widths[1] and not match.projection:
-        raise ValueError(
-            f"match {name!r}: the student's vectors have width {widths[0]}, the teacher's {widths[1]}. "
-            "Pass projection=True, which learns a matrix between them."
-        )
-    features = [
-        (Feature(match.what, ours.name, i), Feature(match.what, theirs.name, j)) for i, j in pairs
-    ]
-    return Term(name, match, ours.name, features, widths if widths[0] != widths[1] else None)
-
-
-def _module_term(
-    name: str,
-    match: Match,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    stacks: Mapping[str, Stack],
-) -> Term:
-    named = (match.what, match.teacher_module or match.what)
-    for who, model, path in zip(("student", "teacher"), (student, teacher), named, strict=True):
-        modules = dict(model.named_modules())
-        if path not in modules:
-            near = ", ".join(difflib.get_close_matches(path, [*KINDS, *modules], n=3))
+    def _costs(
+        self, student: Value, teacher: Value, mask: Tensor | None, projection: Tensor | None
+    ) -> tuple[Tensor, float]:
+        """(items,), and what each weighs."""
+        what, distance = self.match.what, self.match.distance_name
+        if isinstance(student, Attended) and isinstance(teacher, Attended):
+            _check_shapes(self.name, student.query, teacher.query, mask, positions=2)
+            if what == "attention":
+                return attention_costs(student, teacher, mask, distance=distance)
+            return relation_costs(student, teacher, mask, what=what, heads=self.match.relation_heads)
+        assert isinstance(student, Tensor)
+        assert isinstance(teacher, Tensor)
+        tokens = self.match.tokens
+        _check_shapes(self.name, student, teacher, mask, positions=None if tokens is None else 1)
+        ours, weight = vectors(student, mask, tokens)
+        theirs, _ = vectors(teacher.to(student.device), mask, tokens)
+        ours, theirs = precise(ours), precise(theirs)
+        if projection is not None:
+            ours = ours @ projection.T
+        if ours.shape != theirs.shape:
             raise ValueError(
-                f"the {who} has no module {path!r}; near names: {near or 'none'}. What can be compared "
-                f"beside modules: {', '.join(KINDS)}."
+                f"match {self.name!r}: the student's vectors have width {ours.shape[-1]}, the "
+                f"teacher's {theirs.shape[-1]}. Pass projection=True."
             )
-    mine, other = named
-    inside = [stack.name for stack in stacks.values() if mine.startswith(stack.owner)]
-    widths = None
-    if match.projection:
-        widths = _width(student.get_submodule(mine)), _width(teacher.get_submodule(other))
-    return Term(
-        name=name,
-        match=match,
-        stack=match.stack or (inside[0] if inside else "layers"),
-        pairs=[(Feature("module", mine), Feature("module", other))],
-        widths=widths if widths and widths[0] != widths[1] else None,
-    )
+        return DISTANCES[distance](ours, theirs), weight
 
 
-def _width(module: nn.Module) -> int:
-    """Of the output of `module`: that of the last part in it whose weights tell."""
-    width = 0
-    for part in module.modules():
-        for field in ("out_features", "nf", "embedding_dim"):
-            if field in vars(part):
-                width = vars(part)[field]
-                break
-        else:
-            weight = dict(part.named_parameters(recurse=False)).get("weight")
-            if weight is not None and weight.ndim == 1:
-                width = len(weight)
-    return width
-
-
-def _check_shapes(term: Term, student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
-    leading = 1 if term.match.tokens is None else 2
-    fits = mask is None or leading == 1 or mask.shape == student.shape[:2]
-    if student.ndim != leading + 1 or student.shape[:-1] != teacher.shape[:-1] or not fits:
-        expected = "(rows, width)" if leading == 1 else "(rows, positions, width)"
+def _check_shapes(
+    name: str, student: Tensor, teacher: Tensor, mask: Tensor | None, *, positions: int | None
+) -> None:
+    """Raises ValueError where rows or positions, which are dimension `positions`, are not the same."""
+    expected = {
+        None: "(rows, width)",
+        1: "(rows, positions, width)",
+        2: "(rows, heads, positions, size)",
+    }
+    dims = [0] if positions is None else [0, positions]
+    ours, theirs = (tuple(side.shape[dim] for dim in dims) for side in (student, teacher))
+    fits = positions is None or mask is None or tuple(mask.shape) == ours
+    if student.ndim != expected[positions].count(",") + 1 or ours != theirs or not fits:
         raise ValueError(
-            f"match {term.name!r}: the student gives shape {tuple(student.shape)}, the teacher "
-            f"{tuple(teacher.shape)}, and the mask has {None if mask is None else tuple(mask.shape)}. "
-            f"Both must be {expected} of the same rows and positions; for an output without positions "
-            "pass tokens=None."
+            f"match {name!r}: the student gives shape {tuple(student.shape)}, the teacher "
+            f"{tuple(teacher.shape)}, and the mask of tokens has "
+            f"{None if mask is None else tuple(mask.shape)}. Expected is {expected[positions]}, of the "
+            "same rows and positions; for an output without positions pass tokens=None."
         )
-
-
-def _precise(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
