@@ -1,16 +1,17 @@
-"""The two numbers of logit distillation, beside the arguments of any Trainer."""
+"""The settings of logit distillation, beside the arguments of any Trainer."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_compress.distillation.divergences import DIVERGENCES, Divergence
+
 
 @dataclass
 class DistillationArgumentsMixin:
-    """`temperature` and `alpha` for any arguments class.
+    """`temperature`, `alpha` and the divergence for any arguments class.
 
     Put it first: `@dataclass class DistillSFTConfig(DistillationArgumentsMixin, SFTConfig): pass`.
     """
@@ -19,8 +20,13 @@ class DistillationArgumentsMixin:
         default=2.0,
         metadata={
             "help": "Softens both distributions before they are compared; above 0. The loss is "
-            "multiplied by its square, so that the gradient keeps its size."
+            "multiplied by its square, so that the gradient keeps its size (by itself for tvd, not "
+            "at all for cosine)."
         },
+    )
+    teacher_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Another temperature for the teacher's distribution; else the same."},
     )
     alpha: float = field(
         default=0.5,
@@ -30,12 +36,27 @@ class DistillationArgumentsMixin:
         },
     )
 
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "How far the student's distribution is from the teacher's: "
+            f"{', '.join(DIVERGENCES)}."
+        },
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "jsd: the teacher's share of the mixture, in [0, 1]; by default 0.5."},
+    )
+    skew: float | None = field(
+        default=None,
+        metadata={
+            "help": "skew_kl, skew_reverse_kl: how much of the first distribution is mixed into the "
+            "second, in [0, 1); by default 0.1."
+        },
+    )
+
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(
-                f"`temperature` must be above 0 and finite, got {self.temperature}. 1 compares the "
-                "distributions as they are, 2 to 4 are usual."
-            )
+        divergence_of(self)  # raises ValueError where its settings are wrong
         if not 0 <= self.alpha <= 1:
             raise ValueError(
                 f"`alpha` must be in [0, 1], got {self.alpha}. It is the weight of the distillation "
@@ -47,3 +68,14 @@ class DistillationArgumentsMixin:
 @dataclass
 class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
     """`TrainingArguments` for `DistillationTrainer`."""
+
+
+def divergence_of(args: DistillationArgumentsMixin) -> Divergence:
+    """The divergence that `args` describes as they are now: callbacks may change them in training."""
+    return Divergence(
+        name=args.divergence,
+        temperature=args.temperature,
+        teacher_temperature=args.teacher_temperature,
+        beta=args.beta,
+        skew=args.skew,
+    )

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_compress.distillation.tasks import Head, head_of
+from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.frozen import freeze_
 from hf_compress.targets import without_adapters
 
@@ -68,7 +68,10 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     if head is not other:
         raise ValueError(f"The student's head is for {head.name}, the teacher's for {other.name}.")
     ours, theirs = without_adapters(student).config, without_adapters(teacher).config
-    _check_equal("vocabulary", "entries", _vocabulary(ours), _vocabulary(theirs))
+    if head.reads_or_writes_text:
+        _check_equal("vocabulary", "entries", _vocabulary(ours), _vocabulary(theirs))
+    for name in head.same:
+        _check_equal("config", f"as its {name}", getattr(ours, name, None), getattr(theirs, name, None))
     if head.predicts_labels:
         _check_equal("head", "labels", ours.num_labels, theirs.num_labels)
         _check_label_names(ours.id2label, theirs.id2label)
@@ -97,8 +100,9 @@ def _check_label_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> No
 
 
 def _vocabulary(config: Any) -> int | None:
-    # Vision and audio models have none.
-    return getattr(config.get_text_config(), "vocab_size", None)
+    # Models that write in another language may have a second vocabulary for it.
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "decoder_vocab_size", None) or getattr(text, "vocab_size", None)
 
 
 def _check_checkpoint(path: str, head: Head) -> None:

@@ -15,11 +15,12 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from hf_compress.constraint import torch_optimizer
-from hf_compress.distillation.arguments import DistillationArgumentsMixin
+from hf_compress.distillation.arguments import DistillationArgumentsMixin, divergence_of
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.features.presets import as_matches
-from hf_compress.distillation.tasks import Sums, Task, head_of
+from hf_compress.distillation.tasks.heads import head_of
+from hf_compress.distillation.tasks.task import Sums, Task
 from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher
 from hf_compress.frozen import snapshot
 from hf_compress.targets import without_adapters
@@ -32,11 +33,12 @@ class DistillationMixin(Trainer):
 
         class DistillSFT(DistillationMixin, SFTTrainer): ...
 
-    The loss is `(1 - alpha) * task + alpha * T^2 * KL(teacher || student)`, each part the mean over the
-    items of the whole accumulated batch on all processes: loss and gradients do not depend on how that
-    batch is cut. The task's own loss is computed here too, from the logits, since many models ignore
-    the item count that Trainer gives them. `loss_task`, `loss_kd` and `agreement` (how often both
-    models choose the same class) are logged, and come with evaluation under its prefix.
+    The loss is `(1 - alpha) * task + alpha * T^2 * KL(teacher || student)`, or another divergence
+    (`hf_compress.distillation.divergences`), each part the mean over the items of the whole accumulated
+    batch on all processes: loss and gradients do not depend on how that batch is cut. The task's own
+    loss is computed here too, from the logits, since many models ignore the item count that Trainer
+    gives them. `loss_task`, `loss_kd` and `agreement` (how often both models choose the same class) are
+    logged, and come with evaluation under its prefix.
 
     teacher: a model (frozen and moved in place), a path or hub id, or "self", a copy of the student as
     it is when the trainer is built: the dense model, when it is pruned later.
@@ -109,9 +111,9 @@ class DistillationMixin(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = torch.zeros((), dtype=torch.long, device=device)
         for batch in batches:
-            items += self._task_of(batch).count(batch).to(device)
+            items = items + self._task_of(batch).count(batch).to(device)
         self.matching.count(batches, self._summed)
-        return batches, self.accelerator.reduce(items, "sum")
+        return batches, self._summed(items)
 
     def compute_loss(
         self,
@@ -125,30 +127,30 @@ class DistillationMixin(Trainer):
         In training the sum over the items here divided by `num_items_in_batch`, times the number of
         processes, over which the gradients are averaged. In evaluation the mean over the items here.
         """
-        task = self._task_of(inputs)
-        features = {name: value for name, value in inputs.items() if name != "labels"}
         if model.training:
             self.matching.start(self.model)
-        outputs = model(**features)
-        with torch.no_grad(), self.accelerator.autocast():
-            taught = self.teacher(**accepted_inputs(self.teacher, {**features, "use_cache": False}))
-        sums = task.sums(
-            outputs,
-            taught,
-            inputs,
-            temperature=self.args.temperature,
-            rows=None if model.training else self._real_rows(inputs),
+        sums, outputs = self._sums(
+            model, inputs, rows=None if model.training else self._real_rows(inputs)
         )
-        loss = _mix(sums, self.args.alpha)
         if model.training and num_items_in_batch is not None:
-            items = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
-            loss = loss / (items / self.accelerator.num_processes)
+            items = torch.as_tensor(num_items_in_batch, device=sums.items.device)
+            loss = _loss(sums, items, self.args.alpha) * self.accelerator.num_processes
         else:
-            loss = loss / sums.items.clamp(min=1)
+            loss = _loss(sums, sums.items, self.args.alpha)
         if model.training:
             loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
         self._record(sums, training=model.training)
         return (loss, outputs) if return_outputs else loss
+
+    def _sums(self, model: nn.Module, batch: dict[str, Any], *, rows: int | None) -> tuple[Sums, Any]:
+        """The totals over the first `rows` rows of `batch` (None: all), and the student's outputs."""
+        task = self._task_of(batch)
+        features = self.head.inputs(self.model, batch)
+        outputs = model(**features)
+        with torch.no_grad(), self.accelerator.autocast():
+            taught = self.teacher(**accepted_inputs(self.teacher, {**features, "use_cache": False}))
+        sums = task.sums(outputs, [taught], batch, divergence=divergence_of(self.args), rows=rows)
+        return sums, outputs
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer below does, with a group for each projection of the matches."""
@@ -214,12 +216,13 @@ class DistillationMixin(Trainer):
 
     def _task_of(self, batch: Mapping[str, Any]) -> Task:
         if self._task is None:
-            if "labels" not in batch:
+            if missing := [name for name in self.head.labels if name not in batch]:
                 raise ValueError(
-                    f"The batch has no `labels`, only {sorted(batch)}. The task part of the loss and "
-                    "the choice of items need them; see `remove_unused_columns` and the collator."
+                    f"The batch has no `{'`, no `'.join(missing)}`, only {sorted(batch)}. The task "
+                    "part of the loss and the choice of items need them; see `remove_unused_columns` "
+                    "and the collator."
                 )
-            self._task = self.head.task(without_adapters(self.model).config, batch["labels"])
+            self._task = self.head.task(without_adapters(self.model), batch)
         return self._task
 
     def _real_rows(self, batch: Mapping[str, Any]) -> int | None:
@@ -227,37 +230,37 @@ class DistillationMixin(Trainer):
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder < 1:
             return None
-        rows = len(batch["labels"])
+        rows = len(batch[self.head.labels[0]])
         return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
 
     def _summed(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
 
     def _no_sums(self) -> Tensor:
-        return torch.zeros(len(Sums._fields), device=self.args.device)
+        return torch.zeros(len(Sums._fields), 1, device=self.args.device)
 
     def _record(self, sums: Sums, *, training: bool) -> None:
-        values = torch.stack([value.detach().float() for value in sums]).to(self.args.device)
+        values = torch.stack([value.detach().float().reshape(-1) for value in sums])
+        values = values.to(self.args.device)  # (fields, parts)
         if not training:
-            self._eval_sums += values
+            self._eval_sums = self._eval_sums + values
             return
-        self._train_sums += values
-        if not self._teacher_differs and sums.items > 0:
+        self._train_sums = self._train_sums + values
+        if not self._teacher_differs and sums.items.sum() > 0:
             self._teacher_differs = True
-            if sums.distillation == 0:
+            if sums.distillation.sum() == 0:
                 logger.warning(
                     "The teacher gives exactly the student's outputs on the first batch, so there is "
                     "nothing to learn from it. Is it the model you meant?"
                 )
 
     def _means(self, sums: Tensor) -> dict[str, float]:
-        items, task, distillation, agreement = self.accelerator.reduce(sums, "sum").tolist()
-        if not items or self._task is None:
+        items, *totals = self._summed(sums)
+        if self._task is None or not items.sum():
             return {}
-        means = {"loss_task": task / items, "loss_kd": distillation / items}
-        if self._task.agrees is not None:
-            means["agreement"] = agreement / items
-        return means
+        task, distillation, agreement = ((total / items.clamp(min=1)).mean().item() for total in totals)
+        means = {"loss_task": task, "loss_kd": distillation}
+        return {**means, "agreement": agreement} if self._task.agreement else means
 
     def _attach_callbacks(self) -> None:
         from hf_compress.callbacks.base import CompressionCallback
@@ -277,13 +280,16 @@ def _copy_of(model: nn.Module | str | None) -> nn.Module | str:
     return model if isinstance(model, str) else snapshot(model)
 
 
-def _mix(sums: Sums, alpha: float) -> Tensor:
+def _loss(sums: Sums, items: Tensor, alpha: float) -> Tensor:
+    """Both terms mixed and divided by `items`; of a head of several parts their mean."""
     # A part of weight 0 is left out, not multiplied by 0: it must not bring in NaN, or cost a backward.
     if alpha == 0:
-        return sums.task
-    if alpha == 1:
-        return sums.distillation
-    return (1 - alpha) * sums.task + alpha * sums.distillation
+        total = sums.task
+    elif alpha == 1:
+        total = sums.distillation
+    else:
+        total = (1 - alpha) * sums.task + alpha * sums.distillation
+    return (total / items.clamp(min=1)).mean()
 
 
 def _refuse_unsupported(trainer: Trainer) -> None:

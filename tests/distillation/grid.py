@@ -8,6 +8,7 @@ import gc
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from hf_compress import DistillationArguments, DistillationTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from distillation import heads
 from tiny import VOCABULARY, language_rows, tiny_bert, tiny_llama, tiny_llama_classifier
 
 ROWS = 12
@@ -70,6 +72,9 @@ CASES = {
     "llama regression": (tiny_llama_classifier, {"num_labels": 1, **SPREAD}, rows_with(REAL)),
     "llama causal": (tiny_llama, SPREAD, partly_masked_language()),
     "llama causal, lora": (tiny_lora, SPREAD, partly_masked_language()),
+    **{
+        name: (partial(heads.make_model, name), {}, heads.make_rows(name, ROWS)) for name in heads.HEADS
+    },
 }
 
 

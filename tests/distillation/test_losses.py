@@ -1,3 +1,5 @@
+"""The distances by hand, by their identities, and by other formulations of them."""
+
 import math
 
 import pytest
@@ -5,113 +7,149 @@ import torch
 import torch.nn.functional as F
 
 from hf_compress.distillation.losses import (
-    bernoulli_kl_divergence,
-    kl_divergence,
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
     squared_error,
+    symmetric_kl,
+    total_variation,
 )
 
-
-def test_kl_of_two_known_distributions():
-    # teacher (1/2, 1/2), student (1/4, 3/4): 1/2 log 2 + 1/2 log 2/3
-    student = torch.tensor([[0.25, 0.75]]).log()
-    teacher = torch.tensor([[0.5, 0.5]]).log()
-    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    value = kl_divergence(student, teacher, temperature=1.0)
-    torch.testing.assert_close(value, torch.tensor([expected]))
+# teacher (1/2, 1/2), student (1/4, 3/4)
+STUDENT, TEACHER = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
+FORWARD = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+REVERSE = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
 
 
-def test_kl_is_per_item_and_from_the_teacher_to_the_student():
-    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
-    value = kl_divergence(student, teacher, temperature=3.0)
-    expected = F.kl_div((student / 3).log_softmax(-1), (teacher / 3).softmax(-1), reduction="none").sum(
-        -1
-    )
-    torch.testing.assert_close(value, 9 * expected)
-    assert not torch.allclose(value, kl_divergence(teacher, student, temperature=3.0))
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-def test_bernoulli_kl_of_two_known_distributions():
-    # teacher 1/2, student 1/4, as in the two-class case above
-    student, teacher = torch.tensor([0.25]).logit(), torch.tensor([0.5]).logit()
-    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    value = bernoulli_kl_divergence(student, teacher, temperature=1.0)
-    torch.testing.assert_close(value, torch.tensor([expected]))
+# m = 1/2 teacher + 1/2 student; m = 1/10 one + 9/10 the other
+JSD = 0.5 * kl((0.5, 0.5), (0.375, 0.625)) + 0.5 * kl((0.25, 0.75), (0.375, 0.625))
+JSD_FIFTH = 0.2 * kl((0.5, 0.5), (0.3, 0.7)) + 0.8 * kl((0.25, 0.75), (0.3, 0.7))
+SKEW = kl((0.5, 0.5), (0.275, 0.725))
+SKEW_REVERSE = kl((0.25, 0.75), (0.475, 0.525))
 
 
-def test_bernoulli_kl_is_the_two_class_kl():
-    student, teacher = torch.randn(6), torch.randn(6)
-    two = [torch.stack([logit, torch.zeros(6)], -1) for logit in (student, teacher)]
+@pytest.mark.parametrize(
+    ("loss", "settings", "expected"),
+    [
+        (forward_kl, (), FORWARD),
+        (reverse_kl, (), REVERSE),
+        (symmetric_kl, (), FORWARD + REVERSE),
+        (generalized_jsd, (0.5,), JSD),
+        (generalized_jsd, (0.2,), JSD_FIFTH),
+        (skew_kl, (0.1,), SKEW),
+        (skew_reverse_kl, (0.1,), SKEW_REVERSE),
+        (total_variation, (), 0.25),
+    ],
+)
+def test_two_known_distributions(loss, settings, expected):
+    torch.testing.assert_close(loss(STUDENT, TEACHER, *settings), torch.tensor([expected]))
+
+
+def logs(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(-1)
+
+
+def test_kl_is_that_of_torch():
+    student, teacher = logs(2, 5, 7), logs(2, 5, 7, seed=1)
+    expected = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(forward_kl(student, teacher), expected)
+    torch.testing.assert_close(reverse_kl(teacher, student), expected)
+
+
+def test_jsd_divided_by_its_weight_tends_to_the_kl_at_both_ends():
+    student, teacher = logs(5, 7), logs(5, 7, seed=1)
+    small = 1e-6
+    near = {"rtol": 1e-4, "atol": 1e-6}
+    forward, reverse = forward_kl(student, teacher), reverse_kl(student, teacher)
+    torch.testing.assert_close(generalized_jsd(student, teacher, small) / small, forward, **near)
+    torch.testing.assert_close(generalized_jsd(student, teacher, 1 - small) / small, reverse, **near)
+    assert torch.equal(generalized_jsd(student, teacher, 0.0), forward)
+    assert torch.equal(generalized_jsd(student, teacher, 1.0), reverse)
+
+
+def test_jsd_is_the_same_seen_from_the_other_side():
+    student, teacher = logs(5, 7), logs(5, 7, seed=1)
     torch.testing.assert_close(
-        bernoulli_kl_divergence(student, teacher, temperature=2.0),
-        kl_divergence(*two, temperature=2.0),
+        generalized_jsd(student, teacher, 0.3), generalized_jsd(teacher, student, 0.7)
     )
+    assert (generalized_jsd(student, teacher, 0.5) <= math.log(2)).all()
+
+
+@pytest.mark.parametrize("skew", [0.0, 1e-9])
+def test_no_skew_is_the_plain_kl(skew):
+    student, teacher = logs(5, 7), logs(5, 7, seed=1)
+    torch.testing.assert_close(skew_kl(student, teacher, skew), forward_kl(student, teacher))
+    torch.testing.assert_close(skew_reverse_kl(student, teacher, skew), reverse_kl(student, teacher))
+
+
+def test_skew_bounds_the_kl():
+    one, other = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.0, 1.0]]).log()
+    bound = torch.tensor([math.log(10)])
+    torch.testing.assert_close(skew_kl(one, other, 0.1), bound)
+    torch.testing.assert_close(skew_reverse_kl(one, other, 0.1), bound)
+
+
+def test_jeffreys_is_symmetric():
+    student, teacher = logs(5, 7), logs(5, 7, seed=1)
+    assert torch.equal(symmetric_kl(student, teacher), symmetric_kl(teacher, student))
+
+
+def test_total_variation_is_bounded_by_1_and_by_pinsker():
+    student, teacher = logs(200, 7), logs(200, 7, seed=1)
+    value = total_variation(student, teacher)
+    assert (value >= 0).all()
+    assert (value <= 1).all()
+    assert (value <= (forward_kl(student, teacher) / 2).sqrt() + 1e-12).all()
+    torch.testing.assert_close(value, total_variation(teacher, student))
+    apart = total_variation(torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.0, 1.0]]).log())
+    assert apart == 1
+
+
+LOSSES = [
+    (forward_kl, ()),
+    (reverse_kl, ()),
+    (symmetric_kl, ()),
+    (generalized_jsd, (0.3,)),
+    (skew_kl, (0.1,)),
+    (skew_reverse_kl, (0.1,)),
+    (total_variation, ()),
+]
+
+
+@pytest.mark.parametrize(("loss", "settings"), LOSSES)
+def test_zero_for_equal_distributions_and_never_negative(loss, settings):
+    student, teacher = logs(200, 7), logs(200, 7, seed=1)
+    assert loss(student, student, *settings).abs().max() < 1e-12
+    assert (loss(student, teacher, *settings) > 0).all()
+
+
+@pytest.mark.parametrize(("loss", "settings"), LOSSES)
+def test_a_class_ruled_out_by_both_models_costs_nothing(loss, settings):
+    logits = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    student, teacher = logits[:1].requires_grad_(), logits[1:]
+    value = loss(student.log_softmax(-1), teacher, *settings)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    short = logits[:1, :2].detach().requires_grad_()
+    expected = loss(short.log_softmax(-1), teacher[:, :2], *settings)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), short)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient[:, :2], expected_gradient)
+    assert gradient[:, 2] == 0
+
+
+def test_a_class_ruled_out_by_the_student_alone_is_not_hidden():
+    one, other = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    assert forward_kl(one, other) == math.inf
+    assert reverse_kl(other, one) == math.inf
 
 
 def test_squared_error_by_hand():
     value = squared_error(torch.tensor([1.0, -1.0]), torch.tensor([3.0, -1.5]))
     torch.testing.assert_close(value, torch.tensor([4.0, 0.25]))
-
-
-@pytest.mark.parametrize("loss", [kl_divergence, bernoulli_kl_divergence])
-def test_zero_for_equal_logits_and_never_negative(loss):
-    logits = torch.randn(50, 4)
-    assert loss(logits, logits, temperature=2.0).abs().max() == 0
-    assert (loss(logits, torch.randn(50, 4), temperature=2.0) > -1e-6).all()
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-@pytest.mark.parametrize("loss", [kl_divergence, bernoulli_kl_divergence])
-def test_gradient_equals_finite_differences_of_the_value(loss, temperature):
-    student = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(3, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, temperature=temperature), student)
-
-
-def test_temperature_squared_is_in_the_gradient():
-    student = torch.randn(3, 4, requires_grad=True)
-    teacher = torch.randn(3, 4)
-    (gradient,) = torch.autograd.grad(kl_divergence(student, teacher, temperature=5.0).sum(), student)
-    # d/ds KL(p || softmax(s / T)) = (softmax(s / T) - p) / T, here times T^2
-    expected = 5 * ((student / 5).softmax(-1) - (teacher / 5).softmax(-1))
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_gradient_of_hot_distributions_does_not_depend_on_the_temperature():
-    student = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(3, 4, dtype=torch.float64)
-    difference = student - teacher
-    limit = (difference - difference.mean(-1, keepdim=True)) / 4
-    for temperature in (1e3, 1e4):
-        (gradient,) = torch.autograd.grad(
-            kl_divergence(student, teacher, temperature=temperature).sum(), student
-        )
-        torch.testing.assert_close(gradient, limit.detach(), rtol=0, atol=2 / temperature)
-
-
-@pytest.mark.parametrize("loss", [kl_divergence, bernoulli_kl_divergence])
-def test_half_precision_logits_are_compared_in_single_precision(loss):
-    student, teacher = torch.randn(8, 16).bfloat16(), torch.randn(8, 16).bfloat16()
-    value = loss(student, teacher, temperature=2.0)
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(
-        value, loss(student.float(), teacher.float(), temperature=2.0), rtol=0, atol=0
-    )
-
-
-def test_a_class_ruled_out_by_both_models_costs_nothing():
-    student = torch.tensor([[0.25, 0.75, 0.0]]).log().requires_grad_()
-    teacher = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    value = kl_divergence(student, teacher, temperature=1.0)
-    value.sum().backward()
-    expected = kl_divergence(student[:, :2], teacher[:, :2], temperature=1.0)
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(student.grad, torch.tensor([[-0.25, 0.25, 0.0]]))
-
-
-@pytest.mark.parametrize("loss", [kl_divergence, bernoulli_kl_divergence])
-def test_extreme_logits_stay_finite(loss):
-    student = torch.tensor([[200.0, -200.0]], requires_grad=True)
-    value = loss(student, -student.detach(), temperature=1.0).sum()
-    value.backward()
-    assert torch.isfinite(value)
-    assert torch.isfinite(student.grad).all()

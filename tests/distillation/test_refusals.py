@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
-from transformers import BertForTokenClassification, TrainingArguments
+from transformers import BertForNextSentencePrediction, TrainingArguments
 
 from hf_compress import DistillationArguments, DistillationTrainer
 
@@ -23,6 +23,13 @@ NAN = float("nan")
         ({"temperature": -1.0}, "`temperature` must be above 0 and finite, got -1.0"),
         ({"temperature": NAN}, "`temperature` must be above 0 and finite, got nan"),
         ({"temperature": float("inf")}, "`temperature` must be above 0 and finite, got inf"),
+        ({"teacher_temperature": 0.0}, "`teacher_temperature` must be above 0 and finite, got 0"),
+        ({"divergence": "kl"}, "`divergence` is 'kl'; there are 'forward_kl', 'reverse_kl'"),
+        ({"beta": 0.5}, "`beta` is 0.5, but divergence 'forward_kl' has none.*choose 'jsd'"),
+        ({"divergence": "jsd", "skew": 0.1}, "`skew` is 0.1, but divergence 'jsd' has none"),
+        ({"divergence": "jsd", "beta": 1.5}, r"`beta` must be in \[0, 1\], got 1.5"),
+        ({"divergence": "skew_kl", "skew": 1.0}, r"`skew` must be in \[0, 1\), got 1.0"),
+        ({"divergence": "skew_reverse_kl", "skew": NAN}, r"`skew` must be in \[0, 1\), got nan"),
     ],
 )
 def test_arguments(settings, message):
@@ -73,9 +80,9 @@ WRONG = {
         "the teacher's for causal language modelling",
     ),
     "a head that is not supported": (
-        {"model": BertForTokenClassification(BERT.config)},
+        {"model": BertForNextSentencePrediction(BERT.config)},
         ValueError,
-        "head of BertForTokenClassification. Supported: sequence classification",
+        "head of BertForNextSentencePrediction. Supported: sequence classification",
     ),
     "teacher of another kind": ({"teacher": 3}, TypeError, "must be a model, a path, a hub id"),
     "no teacher": ({"teacher": None}, TypeError, "must be a model, a path, a hub id"),

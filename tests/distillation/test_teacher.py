@@ -10,7 +10,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from hf_compress.distillation.tasks import HEADS
+from hf_compress.distillation.tasks.heads import HEADS
 from hf_compress.distillation.teacher import (
     accepted_inputs,
     check_pair,
@@ -18,7 +18,7 @@ from hf_compress.distillation.teacher import (
 )
 from hf_compress.frozen import snapshot
 
-CLASSIFICATION, CAUSAL = HEADS
+CLASSIFICATION = HEADS[0]
 CPU = torch.device("cpu")
 
 

@@ -1,0 +1,167 @@
+"""The divergences that a trainer can choose from, between the outputs of each kind of head.
+
+To add one: a function of two distributions in `losses.py`, and a row in `DIVERGENCES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_compress.distillation.features.distances import cosine_distance, mean_squared_error
+from hf_compress.distillation.losses import (
+    forward_kl,
+    generalized_jsd,
+    precise,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    squared_error,
+    symmetric_kl,
+    total_variation,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a divergence is computed.
+
+    distance: of (..., classes) logarithms of probabilities, or of logits where `of_logits`;
+    power: of the temperature, which keeps the size of the gradient: 2 where it falls with T^2;
+    setting: the name of the number in [0, 1] that it takes, with `default`;
+    yes_no: whether it means something for the logit of a single yes or no.
+    """
+
+    distance: Callable[..., Tensor]
+    power: int = 2
+    setting: str | None = None
+    default: float | None = None
+    of_logits: bool = False
+    yes_no: bool = True
+
+
+DIVERGENCES = {
+    "forward_kl": Kind(distance=forward_kl),
+    "reverse_kl": Kind(distance=reverse_kl),
+    "symmetric_kl": Kind(distance=symmetric_kl),
+    "jsd": Kind(distance=generalized_jsd, setting="beta", default=0.5),
+    "skew_kl": Kind(distance=skew_kl, setting="skew", default=0.1),
+    "skew_reverse_kl": Kind(distance=skew_reverse_kl, setting="skew", default=0.1),
+    "tvd": Kind(distance=total_variation, power=1),
+    "logit_mse": Kind(distance=mean_squared_error, of_logits=True),
+    "cosine": Kind(distance=cosine_distance, power=0, of_logits=True, yes_no=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """A distance between softened outputs: T^power * distance(student / T, teacher / T).
+
+    name: one of `DIVERGENCES`. temperature: T, above 0. T^2 (T for "tvd", 1 for "cosine", which does
+    not depend on T) keeps the size of the gradient as T grows. teacher_temperature: another T for the
+    teacher; None is the same. beta: of "jsd" alone, in [0, 1], default 0.5. skew: of "skew_kl" and
+    "skew_reverse_kl" alone, in [0, 1), default 0.1.
+
+    Raises ValueError for anything else, and for a `beta` or `skew` that would be ignored.
+    """
+
+    name: str = "forward_kl"
+    temperature: float = 1.0
+    teacher_temperature: float | None = None
+    beta: float | None = None
+    skew: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in DIVERGENCES:
+            raise ValueError(
+                f"`divergence` is {self.name!r}; there are {', '.join(map(repr, DIVERGENCES))}."
+            )
+        for name in ("temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(
+                    f"`{name}` must be above 0 and finite, got {value}. 1 compares the distributions "
+                    "as they are, 2 to 4 are usual."
+                )
+        for name, given in (("beta", self.beta), ("skew", self.skew)):
+            takers = [key for key, kind in DIVERGENCES.items() if kind.setting == name]
+            if given is not None and self.name not in takers:
+                raise ValueError(
+                    f"`{name}` is {given}, but divergence {self.name!r} has none: leave it out, or "
+                    f"choose {' or '.join(map(repr, takers))}."
+                )
+        if self.beta is not None and not 0 <= self.beta <= 1:
+            raise ValueError(f"`beta` must be in [0, 1], got {self.beta}. 0.5 is the plain JSD.")
+        if self.skew is not None and not 0 <= self.skew < 1:
+            raise ValueError(
+                f"`skew` must be in [0, 1), got {self.skew}. 0 is the plain KL, 0.1 usual; at 1 a "
+                "distribution would be compared with itself."
+            )
+
+    def between_classes(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of two distributions over classes: (..., classes) logits of any float type -> (...), in fp32
+        or better."""
+        if self._kind.of_logits:
+            return self._distance(*self._softened(student, teacher))
+        student, teacher = self._softened(student, teacher)
+        return self._distance(F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1))
+
+    def between_labels(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of yes or no, for each label of a multi-label head alone: (...) logits -> (...).
+
+        Raises ValueError for a divergence that needs several classes.
+        """
+        if not self._kind.yes_no:
+            self._refuse("multi-label classification", (k for k, v in DIVERGENCES.items() if v.yes_no))
+        student, teacher = self._softened(student, teacher)
+        if self._kind.of_logits:
+            return self._distance(student[..., None], teacher[..., None])
+        return self._distance(_yes_and_no(student), _yes_and_no(teacher))
+
+    def between_numbers(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of the targets of a regression: (...) -> (...), (student - teacher)^2, which is twice the KL
+        of two normal distributions of variance 1, in both directions; there is no temperature.
+
+        Raises ValueError for a divergence that is not that.
+        """
+        names = ("forward_kl", "reverse_kl", "logit_mse")
+        if self.name not in names:
+            self._refuse("regression", names)
+        return squared_error(student, teacher)
+
+    @property
+    def setting(self) -> dict[str, float]:
+        """The `beta` or `skew` that is used, by its name; empty where there is none."""
+        kind = self._kind
+        if kind.setting is None or kind.default is None:
+            return {}
+        given = self.beta if kind.setting == "beta" else self.skew
+        return {kind.setting: kind.default if given is None else given}
+
+    @property
+    def _kind(self) -> Kind:
+        return DIVERGENCES[self.name]
+
+    def _softened(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        taught = self.temperature if self.teacher_temperature is None else self.teacher_temperature
+        return precise(student) / self.temperature, precise(teacher) / taught
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        kind = self._kind
+        return self.temperature**kind.power * kind.distance(student, teacher, **self.setting)
+
+    def _refuse(self, task: str, names: Iterable[str]) -> NoReturn:
+        raise ValueError(
+            f"divergence={self.name!r} is not defined for {task}; these are: "
+            f"{', '.join(map(repr, names))}."
+        )
+
+
+def _yes_and_no(logits: Tensor) -> Tensor:
+    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)

@@ -1,0 +1,1 @@
+"""Which numbers of a batch count, and what each costs, for every kind of head."""
