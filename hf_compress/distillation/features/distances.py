@@ -10,11 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def precise(values: Tensor) -> Tensor:
-    """In fp32 or better."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over the width of (student - teacher)^2 (papers/1909.10351). (..., width) -> (...)."""
     return (student - teacher).square().mean(-1)
@@ -37,7 +32,7 @@ def relative_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     The paper divides sums over all tokens of a batch. Here each token is divided by its own, so that
     neither the cut of a batch nor the few tokens of huge norm decide.
     """
-    size = teacher.square().sum(-1).clamp(min=torch.finfo(teacher.dtype).tiny)
+    size = teacher.square().sum(-1).clamp(min=torch.finfo(teacher.dtype).eps)
     return (student - teacher).square().sum(-1) / size
 
 

@@ -94,7 +94,8 @@ class FeatureMatching:
         the number that was counted, times that of the processes, over which gradients are averaged."""
         if not self._terms:
             return 0.0
-        student, teacher = (recorder.take() for recorder in self._recorders)
+        learner, example = self._recorders
+        student, teacher = learner.take(learns=torch.is_grad_enabled()), example.take(learns=False)
         self._totals[1] += self._count(batch)
         loss: Tensor | float = 0.0
         for number, (term, items) in enumerate(zip(self._terms, self._items, strict=True)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -50,9 +49,9 @@ class Recorder:
         self._on = True
         self._values = {}
 
-    def take(self) -> dict[Feature, Value]:
-        """What was taken down. Raises ValueError where something was not seen, or where no gradient
-        could flow into it, but should."""
+    def take(self, *, learns: bool) -> dict[Feature, Value]:
+        """What was taken down. Raises ValueError where something was not seen, or where the model
+        `learns`, but no gradient could flow into it."""
         self._on = False
         values, self._values = self._values, {}
         if missing := sorted(self._features - values.keys()):
@@ -66,11 +65,10 @@ class Recorder:
             tensor = value if isinstance(value, Tensor) else value.query
             source = self._sources.get(feature)
             trained = source is not None and any(p.requires_grad for p in source.parameters())
-            if trained and torch.is_grad_enabled() and not tensor.requires_grad:
+            if learns and trained and not tensor.requires_grad:
                 raise ValueError(
                     f"no gradient flows into the {feature.kind} of {feature.place}: reentrant "
-                    "activation checkpointing cuts it off. Pass gradient_checkpointing_kwargs="
-                    "{'use_reentrant': False}."
+                    "activation checkpointing cuts it off. Give it use_reentrant=False."
                 )
         return values
 

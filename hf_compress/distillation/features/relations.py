@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_compress.distillation.features.attention import Attended, scores
-from hf_compress.distillation.features.distances import precise
 from hf_compress.distillation.features.items import vectors
+from hf_compress.distillation.losses import forward_kl, precise
 
 
 def attention_costs(
@@ -56,8 +56,7 @@ def _costs(student: Tensor, teacher: Tensor, seen: Tensor, *, distance: str) -> 
     student, teacher = precise(student), precise(teacher)
     if distance == "kl":
         student, teacher = (part.masked_fill(~seen, float("-inf")) for part in (student, teacher))
-        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
-        return (teacher.exp() * (teacher - student).masked_fill(~seen, 0.0)).sum(-1).mean(-1)
+        return forward_kl(student.log_softmax(-1), teacher.log_softmax(-1)).mean(-1)
     # What is not seen may be anything, infinite too.
     squares = (student.masked_fill(~seen, 0.0) - teacher.masked_fill(~seen, 0.0)).square()
     return (squares.sum(-1) / seen.sum(-1).clamp(min=1)).mean(-1)

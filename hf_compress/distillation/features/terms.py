@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_compress.distillation.features.attention import Attended
-from hf_compress.distillation.features.distances import DISTANCES, precise
+from hf_compress.distillation.features.distances import DISTANCES
 from hf_compress.distillation.features.items import token_mask, vectors
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.recorder import Feature, Value
 from hf_compress.distillation.features.relations import attention_costs, relation_costs
+from hf_compress.distillation.losses import precise
 
 Values = Mapping[Feature, Value]
 Pair = tuple[Feature, Feature]
