@@ -11,7 +11,7 @@ from torch import Tensor
 
 def token_mask(batch: Mapping[str, Any], stack: str) -> Tensor | None:
     """Bool (rows, positions): the tokens of `batch` that are not padding, as the layers of `stack` see
-    them; None where nothing says so.
+    them; None where nothing says so. The choices of multiple choice are rows.
 
     A "decoder" has the positions of its own mask, or else of the labels.
     """
@@ -20,8 +20,10 @@ def token_mask(batch: Mapping[str, Any], stack: str) -> Tensor | None:
             return batch["decoder_attention_mask"] != 0
         labels = batch.get("labels")
         return labels != -100 if labels is not None and labels.ndim == 2 else None
-    mask = batch.get("attention_mask")
-    return mask != 0 if mask is not None and mask.ndim == 2 else None
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is None or (mask.ndim != 2 and (ids is None or mask.shape != ids.shape)):
+        return None
+    return mask.flatten(0, -2) != 0
 
 
 def count_items(batch: Mapping[str, Any], stack: str, tokens: str | None) -> Tensor | int:
@@ -30,6 +32,8 @@ def count_items(batch: Mapping[str, Any], stack: str, tokens: str | None) -> Ten
     mask = token_mask(batch, stack) if tokens == "all" else None
     if mask is not None:
         return mask.sum()
+    if "input_ids" in batch:
+        return batch["input_ids"].shape[:-1].numel()
     return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
 
