@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_compress.constraint import torch_optimizer
 from hf_compress.distillation.arguments import DistillationArgumentsMixin, divergence_of
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.features.presets import as_matches
+from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance_of
 from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.distillation.tasks.task import Sums, Task
 from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher
+from hf_compress.distillation.unsupported import refuse_unsupported
 from hf_compress.frozen import snapshot
 from hf_compress.targets import without_adapters
 
@@ -81,7 +85,7 @@ class DistillationMixin(Trainer):
         if Version(transformers.__version__) < Version("5.19"):
             # Those versions ask this flag whether the loss is scaled already.
             self.model_accepts_loss_kwargs = True
-        _refuse_unsupported(self)
+        refuse_unsupported(self)
         self.head = head_of(self.model)
         self.teacher = load_teacher(teacher, self.head, bits=teacher_bits, device=self.args.device)
         check_pair(self.model, self.teacher)
@@ -109,11 +113,8 @@ class DistillationMixin(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """The batches of one optimizer step, and their number of items over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = torch.zeros((), dtype=torch.long, device=device)
-        for batch in batches:
-            items = items + self._task_of(batch).count(batch).to(device)
         self.matching.count(batches, self._summed)
-        return batches, self._summed(items)
+        return batches, self._summed(self._items(batches, device))
 
     def compute_loss(
         self,
@@ -141,6 +142,56 @@ class DistillationMixin(Trainer):
             loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
         self._record(sums, training=model.training)
         return (loss, outputs) if return_outputs else loss
+
+    def check_scaling(self, rows: int = 8) -> Scaling:
+        """The loss and the norm of its gradient for the first `rows` rows of the train dataset, cut
+        into batches in several ways, printed as a table and returned.
+
+        They agree where the loss is right. What makes them differ: a model or a collator by which a row
+        depends on the padding or on the other rows of its batch. Dropout is off, normalisation over
+        batches on its running averages; `matches` and the processes are left out. Model, gradients,
+        optimizer, logs and random states are afterwards as they were.
+
+        Raises ValueError without at least two rows and a label in them.
+        """
+        examples, collate = self._first_rows(rows)
+        half = self.accelerator.mixed_precision != "no"
+        scaling = measure_scaling(
+            self.model, examples, collate, self._losses, tolerance=tolerance_of(self.model, half=half)
+        )
+        if self.is_world_process_zero():
+            print(scaling)
+        return scaling
+
+    def _first_rows(self, rows: int) -> tuple[list[Any], Any]:
+        dataset: Any = self.train_dataset
+        collate: Any = self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset)
+        else:
+            collate = self._get_collator_with_removed_columns(collate)
+        examples = [] if dataset is None else list(islice(dataset, rows))
+        if len(examples) < 2:
+            raise ValueError(
+                f"There are {len(examples)} rows to cut: pass a `train_dataset` and at least 2 `rows`."
+            )
+        return examples, collate
+
+    def _losses(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
+        placed = [self._prepare_inputs(dict(batch)) for batch in batches]
+        items = self._items(placed, self.args.device)
+        if not items.sum():
+            raise ValueError("The rows have no label that counts: pass more `rows`.")
+        for batch in placed:
+            with self.accelerator.autocast():
+                sums, _ = self._sums(self.model, batch, rows=None)
+            yield _loss(sums, items.to(sums.items.device), self.args.alpha)
+
+    def _items(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
+        items = torch.zeros((), dtype=torch.long, device=device)
+        for batch in batches:
+            items = items + self._task_of(batch).count(batch).to(device)
+        return items
 
     def _sums(self, model: nn.Module, batch: dict[str, Any], *, rows: int | None) -> tuple[Sums, Any]:
         """The totals over the first `rows` rows of `batch` (None: all), and the student's outputs."""
@@ -182,6 +233,24 @@ class DistillationMixin(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.matching.stop()
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **generation: Any,
+    ) -> tuple[Any, Any, Any]:
+        """As the Trainer below does, but for one that generates, which asks the model for its loss."""
+        seen = self._eval_sums
+        loss, predictions, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys, **generation
+        )
+        if loss is not None and self._eval_sums is seen:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
+        return loss, predictions, labels
 
     def evaluation_loop(
         self,
@@ -290,38 +359,3 @@ def _loss(sums: Sums, items: Tensor, alpha: float) -> Tensor:
     else:
         total = (1 - alpha) * sums.task + alpha * sums.distillation
     return (total / items.clamp(min=1)).mean()
-
-
-def _refuse_unsupported(trainer: Trainer) -> None:
-    args, parallelism = trainer.args, trainer.accelerator.parallelism_config
-    if args.deepspeed or trainer.is_deepspeed_enabled:
-        raise NotImplementedError(
-            "Distillation under DeepSpeed is not supported: ZeRO would shard the student but not the "
-            "teacher. Use DDP or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)."
-        )
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        raise NotImplementedError(
-            "Distillation knows data parallelism only, not tensor, context or sequence parallelism."
-        )
-    if args.n_gpu > 1:
-        raise NotImplementedError(
-            f"{args.n_gpu} GPUs in one process would be used through nn.DataParallel, where the items "
-            "cannot be counted. Use `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
-        )
-    if callable(trainer.compute_loss_func):  # before transformers 5.19 trl keeps a mere string there
-        raise ValueError(
-            "`compute_loss_func` would be ignored: the task's own loss is computed from the logits."
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} would be ignored; set it to 0. A "
-            "teacher's soft labels do its work."
-        )
-    # SFTConfig alone has it.
-    if (loss_type := vars(args).get("loss_type", "nll")) != "nll":
-        raise ValueError(f"loss_type={loss_type!r} would be ignored; set it to 'nll'.")
-    for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
-        parts = dataset.items() if isinstance(dataset, dict) else [(name, dataset)]
-        for part, rows in parts:
-            if rows is not None and has_length(rows) and len(rows) == 0:
-                raise ValueError(f"The {part} dataset is empty: there is nothing to learn from.")

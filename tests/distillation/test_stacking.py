@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from distillation.heads import make_model, make_rows
 from tiny import VOCABULARY, classification_rows, language_rows, tiny_bert, tiny_llama
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -138,6 +139,25 @@ def test_on_seq2seq_trainer(tmp_path):
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(0.1 * log["loss_task"] + 0.9 * log["loss_kd"], rel=1e-5)
     assert "eval_agreement" in trainer.evaluate()
+
+
+def test_a_trainer_that_generates_evaluates_the_same_loss(tmp_path):
+    """Seq2SeqTrainer asks the model for its loss, where it generates."""
+    rows = make_rows("t5", 7)
+    losses = []
+    for generate in (False, True):
+        trainer = DistillSeq2Seq(
+            make_model("t5"),
+            DistillSeq2SeqArguments(
+                str(tmp_path), predict_with_generate=generate, generation_max_length=5, **QUIET
+            ),
+            eval_dataset=rows,
+            teacher=make_model("t5", seed=1),
+            compute_metrics=lambda prediction: {"length": prediction.predictions[0].shape[-1]},
+        )
+        losses.append({name: value for name, value in trainer.evaluate().items() if "loss" in name})
+    assert losses[0].keys() == {"eval_loss", "eval_loss_task", "eval_loss_kd"}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_lora_student_trains_its_adapters_only(tmp_path):
