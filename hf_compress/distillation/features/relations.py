@@ -78,7 +78,7 @@ def _relations(attended: Attended, what: str, heads: int | None) -> Tensor:
 def _check_heads(what: str, student: int, teacher: int) -> None:
     if student != teacher:
         raise ValueError(
-            f"the student's {what} have {student} heads, the teacher's {teacher}, so they cannot be "
+            f"the student has {student} heads of {what}, the teacher {teacher}, so they cannot be "
             "compared one by one. Compare 'queries', 'keys' and 'values' with `relation_heads`, "
             "which cuts those of both anew."
         )
