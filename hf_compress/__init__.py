@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from hf_compress.callbacks.structured import StructuredPruningCallback
     from hf_compress.constraint import constrain
     from hf_compress.distillation.arguments import DistillationArguments
-    from hf_compress.distillation.layers import student_from_teacher
+    from hf_compress.distillation.features.match import Match
+    from hf_compress.distillation.layers import init_student
     from hf_compress.distillation.trainer import DistillationMixin, DistillationTrainer
     from hf_compress.pruning.lora import merge_under_mask_
     from hf_compress.pruning.oneshot.prune import prune_oneshot_
@@ -43,6 +44,7 @@ _HOMES = {
     "DistillationTrainer": "hf_compress.distillation.trainer",
     "Drop": "hf_compress.schedules",
     "FamilyCallback": "hf_compress.callbacks.family",
+    "Match": "hf_compress.distillation.features.match",
     "PruningCallback": "hf_compress.callbacks.pruning",
     "QuantizationCallback": "hf_compress.callbacks.quantization",
     "RigLCallback": "hf_compress.callbacks.rigl",
@@ -51,6 +53,7 @@ _HOMES = {
     "constrain": "hf_compress.constraint",
     "find_targets": "hf_compress.targets",
     "guard_cpu_kernels_": "hf_compress.quantization.guard",
+    "init_student": "hf_compress.distillation.layers",
     "load_packed": "hf_compress.publishing.packed",
     "load_quantized": "hf_compress.quantization.bnb",
     "merge_and_requantize": "hf_compress.quantization.merging",
@@ -65,7 +68,6 @@ _HOMES = {
     "save_quantized": "hf_compress.quantization.export",
     "scan_sensitivity": "hf_compress.pruning.sensitivity",
     "shrink": "hf_compress.pruning.structure.removal",
-    "student_from_teacher": "hf_compress.distillation.layers",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "DistillationTrainer",
     "Drop",
     "FamilyCallback",
+    "Match",
     "PruningCallback",
     "QuantizationCallback",
     "RigLCallback",
@@ -82,6 +85,7 @@ __all__ = [
     "constrain",
     "find_targets",
     "guard_cpu_kernels_",
+    "init_student",
     "load_packed",
     "load_quantized",
     "merge_and_requantize",
@@ -96,7 +100,6 @@ __all__ = [
     "save_quantized",
     "scan_sensitivity",
     "shrink",
-    "student_from_teacher",
 ]
 
 

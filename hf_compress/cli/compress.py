@@ -29,7 +29,7 @@ from hf_compress.cli.methods import pruning_callback
 from hf_compress.cli.published import publish_into
 from hf_compress.cli.recipe import parse
 from hf_compress.distillation.arguments import DistillationArguments
-from hf_compress.distillation.layers import student_from_teacher
+from hf_compress.distillation.layers import init_student
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.metrics import functions
 
@@ -86,7 +86,7 @@ def build(arguments: CompressArguments, training: DistillationArguments) -> tupl
         test = tokenized(test, tokenizer, arguments, names)
     model = load_model(arguments, names)
     if arguments.student_layers is not None:
-        model = student_from_teacher(model, arguments.student_layers)
+        model = init_student(model, arguments.student_layers)
     settings: dict[str, Any] = {
         "model": model,
         "args": training,

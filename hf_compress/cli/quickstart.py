@@ -24,7 +24,7 @@ from hf_compress.cli.data import label_names, load_splits, tokenized
 from hf_compress.cli.errors import refusing
 from hf_compress.cli.published import print_table, publish_run
 from hf_compress.distillation.arguments import DistillationArguments
-from hf_compress.distillation.layers import student_from_teacher
+from hf_compress.distillation.layers import init_student
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.samples import minilm
 
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     tuning.train()
 
     trainer = DistillationTrainer(
-        student_from_teacher(teacher, options.layers),
+        init_student(teacher, options.layers),
         _arguments(folder, options.student_epochs),
         teacher=teacher,
         teacher_bits=8,
