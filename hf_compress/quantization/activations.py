@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.quantization.grids import Grid, Scheme, clipped, fake_quantize, fit
+from hf_compress.quantization.grids import Grid, Scheme, fake_quantize, fit
 from hf_compress.targets import Target
 
 
@@ -22,8 +22,10 @@ class InputQuantizer:
         layer without one each token, the features along the last dimension, has a symmetric grid of
         its own, "absmax" in `hf_compress.quantization.grids.Scheme`, found anew in each forward.
 
-    The gradient passes straight through, but not where a fixed grid clips. The module tree and the
-    names of the weights stay as they are. `enabled` turns it off and on; `grids` may be replaced.
+    A fixed grid is applied as compressed-tensors does it, in the dtype of the inputs, so that an
+    exported model computes what was trained. The gradient passes straight through, but not where a
+    fixed grid clips. The module tree and the names of the weights stay as they are. `enabled` turns it
+    off and on; `grids` may be replaced.
 
     Raises ValueError for stacked experts, and for `bits` out of range.
     """
@@ -70,11 +72,26 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, grid: Grid | None, scheme: Scheme) -> Tensor:
-        ctx.save_for_backward(None if grid is None else clipped(inputs, grid))
-        return fake_quantize(inputs, grid or fit(inputs, scheme)).to(inputs.dtype)
+        if grid is None:
+            ctx.save_for_backward(None)
+            return fake_quantize(inputs, fit(inputs, scheme)).to(inputs.dtype)
+        values, beyond = _on_fixed_grid(inputs, grid)
+        ctx.save_for_backward(beyond)
+        return values.to(inputs.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (beyond,) = ctx.saved_tensors
         gradient = gradients[0]
         return gradient if beyond is None else gradient.masked_fill(beyond, 0), None, None
+
+
+def _on_fixed_grid(inputs: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The nearest values of the grid, and a mask of the inputs that lie beyond its nearest code."""
+    # A dimension, since a tensor without one would not take part in the choice of the dtype.
+    scale, zero_point = grid.scale.view(1), cast(Tensor, grid.zero_point).view(1)
+    # Divided, and the zero point added before rounding: of weights neither is so.
+    codes = (inputs / scale).add_(zero_point.to(inputs.dtype)).round_()
+    beyond = (codes < grid.lowest).logical_or_(codes > grid.highest)
+    codes = codes.clamp_(grid.lowest, grid.highest).to(scale.dtype)
+    return codes.sub_(zero_point).mul_(scale), beyond

@@ -23,6 +23,7 @@ def save_quantized(
     folder: str | os.PathLike[str],
     *,
     grids: Mapping[str, Grid],
+    input_grids: Mapping[str, Grid] | None = None,
     format: str = "compressed-tensors",
 ) -> None:
     """Writes `model`, whose weights were trained on `grids`, so that it loads without this package.
@@ -31,12 +32,16 @@ def save_quantized(
     is the same when loaded in the same dtype. All others are saved as they are, and tied ones once.
     The weights of `model` stay as they are. Of several processes call it in one.
 
-    grids: by the name of the weight, as `QuantizationCallback.grids` after training.
+    grids: by the name of the weight, as `QuantizationCallback.grids` after training, or what
+        `quantize_oneshot_` returns.
+    input_grids: fixed grids of the inputs of the same layers, as `QuantizationCallback.input_grids` or
+        what `calibrated_grids` finds. The loaded model rounds its inputs on them, as the training did.
+        Without them its inputs are floats.
     format:
         "compressed-tensors": transformers reads it where that package is installed. Symmetric weights
-            become `pack-quantized`, of `bits` bits each. Those with a zero point become
-            `int-quantized`, of 8 bits each whatever `bits` is: transformers does not load them packed.
-            The loaded model has the weights as floats from its first forward on.
+            become `pack-quantized`, of `bits` bits each. Those with a zero point, which transformers
+            does not load packed, or with `input_grids` become `int-quantized`, of 8 bits each whatever
+            `bits` is. The loaded model has the weights as floats from its first forward on.
         "torchao": transformers reads it where that package is installed, as the class it was saved
             from, not its backbone alone. A byte for each weight whatever `bits` is, in memory too, and
             grids of several kinds in one model. Symmetric weights of 8 bits become `Int8Tensor`, whose
@@ -47,11 +52,13 @@ def save_quantized(
     A loaded model of integers does not save itself as one again: compressed-tensors saves floats, and
     transformers 5.23 raises NotImplementedError for torchao. Copy or push `folder` itself. To train a
     compressed-tensors model on, load it with
-    `quantization_config=CompressedTensorsConfig(dequantize=True)`.
+    `quantization_config=CompressedTensorsConfig(dequantize=True)`, which leaves its inputs floats.
 
     Raises ValueError before anything is written: for another `format`, no `grids`, weights that `model`
     does not have, that are not in a Linear layer, are shards, shared, not on their grid or, for
-    "compressed-tensors", on grids of several kinds, and for a model that is quantized already.
+    "compressed-tensors", on grids of several kinds; for `input_grids` of other layers, of several
+    widths or for another format, which has no place for them; and for a model that is quantized
+    already.
     TypeError for what is no transformers model, ImportError without the package of the format.
     """
     if format not in FORMATS:
@@ -60,6 +67,11 @@ def save_quantized(
         raise TypeError(
             f"`model` is a {type(model).__name__}: pass the transformers model itself, such as "
             "`trainer.model`, its adapters merged."
+        )
+    if input_grids and format != "compressed-tensors":
+        raise ValueError(
+            f'format "{format}" has no place for `input_grids`: pass `format="compressed-tensors"`, or '
+            "leave them out, and the loaded model has float inputs."
         )
     if format == "dense":
         model.save_pretrained(folder)
@@ -78,7 +90,8 @@ def save_quantized(
     else:
         from hf_compress.quantization.to_compressed_tensors import save_compressed_tensors
 
-        save_compressed_tensors(model, folder, grids)
+        _check_inputs(grids, input_grids or {})
+        save_compressed_tensors(model, folder, grids, input_grids or {})
 
 
 def _check(model: PreTrainedModel, grids: Mapping[str, Grid], format: str) -> None:
@@ -105,4 +118,20 @@ def _check(model: PreTrainedModel, grids: Mapping[str, Grid], format: str) -> No
         if reason is not None:
             raise ValueError(
                 f'{name} is {reason}: pass `format="dense"`, or train with it left out by `ignore`.'
+            )
+
+
+def _check_inputs(grids: Mapping[str, Grid], input_grids: Mapping[str, Grid]) -> None:
+    if not input_grids:
+        return
+    if other := grids.keys() ^ input_grids.keys():
+        raise ValueError(
+            f"{sorted(other)[0]} is in one of `grids` and `input_grids` only: pass those of the same "
+            "training."
+        )
+    for name, grid in input_grids.items():
+        if grid.scale.numel() != 1 or grid.zero_point is None:
+            raise ValueError(
+                f"`input_grids` has scales of shape {tuple(grid.scale.shape)} for {name}, and needs "
+                "one scale and one zero point: pass `QuantizationCallback.input_grids`."
             )

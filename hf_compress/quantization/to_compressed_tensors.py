@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from compressed_tensors.compressors import ModelCompressor, pack_to_int32
@@ -17,17 +18,25 @@ from hf_compress.quantization.grids import Grid, Scheme
 
 
 def save_compressed_tensors(
-    model: PreTrainedModel, folder: str | os.PathLike[str], grids: Mapping[str, Grid]
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    grids: Mapping[str, Grid],
+    input_grids: Mapping[str, Grid],
 ) -> None:
     """See `hf_compress.quantization.export.save_quantized`."""
-    scheme = _scheme(model, grids)
+    scheme, inputs = _scheme(model, grids), _input_scheme(input_grids)
+    packed = scheme.symmetric and inputs is None
     tensors = model.state_dict()
     for name, grid in grids.items():
         layer = name.rpartition(".")[0]
-        for key, value in _serialized(name, tensors.pop(name), grid, scheme).items():
+        serialized = _serialized(name, tensors.pop(name), grid, scheme, packed=packed)
+        if name in input_grids:
+            serialized |= _serialized_inputs(input_grids[name])
+        for key, value in serialized.items():
             tensors[f"{layer}.{key}"] = value
     model.save_pretrained(folder, state_dict=tensors)
-    ModelCompressor(quantization_config=_config(model, grids, scheme)).update_config(os.fspath(folder))
+    config = _config(model, grids, scheme, inputs, packed=packed)
+    ModelCompressor(quantization_config=config).update_config(os.fspath(folder))
 
 
 def _scheme(model: PreTrainedModel, grids: Mapping[str, Grid]) -> Scheme:
@@ -54,22 +63,53 @@ def _scheme(model: PreTrainedModel, grids: Mapping[str, Grid]) -> Scheme:
     return schemes.pop()
 
 
-def _serialized(name: str, weight: Tensor, grid: Grid, scheme: Scheme) -> dict[str, Tensor]:
+def _input_scheme(grids: Mapping[str, Grid]) -> dict[str, Any] | None:
+    """What the file tells of inputs on fixed grids."""
+    widths = sorted({grid.bits for grid in grids.values()})
+    if not widths:
+        return None
+    if len(widths) > 1:
+        raise ValueError(
+            f"`input_grids` have {widths} bits, and must have the same: pass those of one training."
+        )
+    return {"num_bits": widths[0], "symmetric": False, "strategy": "tensor", "dynamic": False}
+
+
+def _serialized(
+    name: str, weight: Tensor, grid: Grid, scheme: Scheme, *, packed: bool
+) -> dict[str, Tensor]:
     """What compressed-tensors keeps of a layer in place of `weight`."""
     codes = codes_of(name, weight, grid)
     shape = (1,) if scheme.group_size == "tensor" else grid.scale.shape
     scale = grid.scale.view(shape)
-    if grid.zero_point is not None:
-        zero_point = grid.zero_point.view(shape).to(torch.int8)
-        return {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point}
+    if packed:
+        return {
+            "weight_packed": pack_to_int32(codes, grid.bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.shape),
+        }
+    if grid.zero_point is None:
+        return {"weight": codes, "weight_scale": scale}
+    zero_point = grid.zero_point.view(shape).to(torch.int8)
+    return {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point}
+
+
+def _serialized_inputs(grid: Grid) -> dict[str, Tensor]:
+    zero_point = cast(Tensor, grid.zero_point)
     return {
-        "weight_packed": pack_to_int32(codes, grid.bits),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor(weight.shape),
+        "input_scale": grid.scale.view(1),
+        "input_zero_point": zero_point.view(1).to(torch.int8),
     }
 
 
-def _config(model: PreTrainedModel, grids: Mapping[str, Grid], scheme: Scheme) -> QuantizationConfig:
+def _config(
+    model: PreTrainedModel,
+    grids: Mapping[str, Grid],
+    scheme: Scheme,
+    inputs: dict[str, Any] | None,
+    *,
+    packed: bool,
+) -> QuantizationConfig:
     size = scheme.group_size
     weights = {
         "num_bits": scheme.bits,
@@ -84,11 +124,12 @@ def _config(model: PreTrainedModel, grids: Mapping[str, Grid], scheme: Scheme) -
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" not in grids
     ]
-    form = "pack-quantized" if scheme.symmetric else "int-quantized"
+    form = "pack-quantized" if packed else "int-quantized"
+    # The format in the group too: without it the loader takes all integers to be packed.
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": form}
     return QuantizationConfig.model_validate(
         {
-            # In the group too: without it the loader takes all integers to be packed.
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": form}},
+            "config_groups": {"group_0": group},
             "format": form,
             "quantization_status": QuantizationStatus.COMPRESSED,
             "ignore": kept,

@@ -122,20 +122,46 @@ def layer_inputs(model, name, batches):
     return torch.cat([inputs.flatten() for inputs in seen])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 3])
-def test_a_fixed_grid_equals_that_of_torch_bit_for_bit(bits):
+def test_a_fixed_grid_equals_that_of_compressed_tensors_bit_for_bit(bits, dtype):
+    package = pytest.importorskip("compressed_tensors.quantization")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(512, 1, bias=False)).to(dtype)
+    targets = find_targets(net).targets
+    calibration = [{"input": (3 * torch.rand(64, 512) - 1).to(dtype)}]
+    grids = calibrated_grids(net, targets, calibration, bits=bits)
+    grid = grids["0.weight"]
+    InputQuantizer(net, targets, bits=bits, grids=grids)
+    seen = []
+    net[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    # Wider than the calibration, on both sides.
+    inputs = 2 * torch.randn(500, 512, dtype=dtype)
+    net(inputs)
+    expected = package.fake_quantize(
+        inputs,
+        grid.scale.view(1),
+        grid.zero_point.view(1).to(torch.int8),
+        package.QuantizationArgs(num_bits=bits, symmetric=False, strategy="tensor"),
+    )
+    assert seen[0].equal(expected)
+    assert len(seen[0].unique()) == 2**bits
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_a_fixed_grid_and_its_gradient_are_those_of_torch(bits):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 32, bias=False))
     targets = find_targets(net).targets
     grids = calibrated_grids(net, targets, [{"input": 3 * torch.rand(64, 32) - 1}], bits=bits)
     InputQuantizer(net, targets, bits=bits, grids=grids)
     grid = grids["0.weight"]
-    # Wider than the calibration, on both sides.
     ours, theirs = 2 * torch.randn(16, 32), torch.empty(16, 32)
     theirs.copy_(ours)
     seen = torch.fake_quantize_per_tensor_affine(
         theirs.requires_grad_(), grid.scale, grid.zero_point.int(), grid.lowest, grid.highest
     )
+    # It rounds before it adds the zero point: the same, unless just between two codes.
     expected, found = seen @ net[0].weight.T, net(ours.requires_grad_())
     assert found.equal(expected)
     gradient = torch.randn(16, 32)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from tiny import classification_rows, language_rows, tiny_bert, tiny_gpt2, tiny_llama
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_compress import PruningCallback, QuantizationCallback
+from hf_compress import PruningCallback, QuantizationCallback, quantize_oneshot_
+from hf_compress.quantization.activations import InputQuantizer
+from hf_compress.quantization.calibrated import calibrated_grids
 from hf_compress.quantization.export import save_quantized
 from hf_compress.quantization.grids import Grid, Scheme, fake_quantize, fit, grouped
 from hf_compress.targets import find_targets
@@ -29,6 +32,16 @@ tied_llama = functools.partial(tiny_llama, tie_word_embeddings=True)
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 
+
+def texts(rows):
+    """Two batches to calibrate with."""
+    batch = rows(16, seed=7).remove_columns("labels").with_format("torch")
+    return [batch[:8], batch[8:]]
+
+
+FIXED = {"activations": 8, "calibration": texts(classification_rows)}
+FIXED_LANGUAGE = {"activations": 8, "calibration": texts(language_rows)}
+
 CASES = {
     "int8": (tiny_bert, {"bits": 8}),
     # As wide as the narrower of its layers.
@@ -39,7 +52,12 @@ CASES = {
     "int4 sparse": (tiny_bert, {"bits": 4}, 0.6),
     "int2 untied": (tiny_llama, {"bits": 2, "group_size": 16}),
     "int8 tied": (tied_llama, {"bits": 8}),
+    "int8 fixed inputs": (tiny_bert, {"bits": 8} | FIXED),
+    "int4 groups fixed inputs": (tiny_llama, {"bits": 4, "group_size": 16} | FIXED_LANGUAGE),
+    "int8 median fixed inputs": (tiny_bert, {"bits": 8, "symmetric": False, "grid": "median"} | FIXED),
 }
+
+WITH_FLOAT_INPUTS = [case for case in CASES if "fixed inputs" not in case]
 
 # For each folder what the model there holds after its first forward, with its logits.
 RELOAD = """
@@ -109,18 +127,23 @@ def tensor_bytes(folder):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """For each case the model, its callback and its folder, reloaded without hf_compress. The same in
-    the format of torchao is in a folder within."""
+    """For each case the model, its callback, its folder, reloaded without hf_compress, and the logits
+    by how it is loaded. The same in the format of torchao is in a folder within."""
     root = tmp_path_factory.mktemp("exported")
     results = {}
     for name, case in CASES.items():
         model, callback = train(root / "training", *case)
-        save_quantized(model, root / name, grids=callback.grids)
-        if TORCHAO:
+        inputs = callback.input_grids
+        save_quantized(model, root / name, grids=callback.grids, input_grids=inputs)
+        if TORCHAO and not inputs:
             save_quantized(model, root / name / "torchao", grids=callback.grids, format="torchao")
-        results[name] = (model, callback, root / name)
-    folders = [str(folder) for *_, folder in results.values()]
-    folders += [f"{folder}/torchao" for folder in folders if TORCHAO]
+        with torch.no_grad():
+            trained = model(INPUT).logits
+            callback.remove_hooks()
+            logits = {"plain": trained, "dequantized": model(INPUT).logits}  # with float inputs
+        results[name] = (model, callback, root / name, logits)
+    folders = [str(root / case) for case in CASES]
+    folders += [f"{root}/{case}/torchao" for case in WITH_FLOAT_INPUTS if TORCHAO]
     command = [sys.executable, "-c", RELOAD, str(torch.get_num_threads()), *folders]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=root)
     return results
@@ -129,18 +152,17 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("loaded", ["plain", "dequantized"])
 @pytest.mark.parametrize("case", CASES)
 def test_loads_without_the_package_as_it_was_trained(exported, case, loaded):
-    model, _, folder = exported[case]
+    model, callback, folder, logits = exported[case]
     found = load_file(folder / f"{loaded}.reloaded")
-    with torch.no_grad():
-        logits = model(INPUT).logits
-    assert logits.equal(found["logits"])
-    assert logits.unique().numel() > 3
+    assert logits[loaded].equal(found["logits"])
+    assert logits[loaded].unique().numel() > 3
+    assert logits["plain"].equal(logits["dequantized"]) is not bool(callback.input_grids)
     assert all(value.equal(found[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_file_holds_the_training_scales_and_is_as_small_as_planned(exported, case):
-    model, callback, folder = exported[case]
+    model, callback, folder, _ = exported[case]
     tensors = load_file(folder / "model.safetensors")
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert settings["quant_method"] == "compressed-tensors"
@@ -148,29 +170,32 @@ def test_the_file_holds_the_training_scales_and_is_as_small_as_planned(exported,
         layer = name.removesuffix(".weight")
         scale = tensors[f"{layer}.weight_scale"]
         assert scale.flatten().equal(grid.scale.flatten())
-        codes = "weight_packed" if callback.symmetric else "weight"
-        assert tensors[f"{layer}.{codes}"].dtype == (torch.int32 if callback.symmetric else torch.int8)
+        packed = callback.symmetric and not callback.input_grids
+        codes = "weight_packed" if packed else "weight"
+        assert tensors[f"{layer}.{codes}"].dtype == (torch.int32 if packed else torch.int8)
+        if callback.input_grids:
+            inputs = callback.input_grids[name]
+            assert tensors[f"{layer}.input_scale"].equal(inputs.scale[None])
+            assert tensors[f"{layer}.input_zero_point"].equal(inputs.zero_point[None].to(torch.int8))
     planned = callback.dry_run(model).packed_bytes
-    if callback.bits == 4 and not callback.symmetric:
+    if callback.bits == 4 and not packed:
         # Not packed: each code of the weights and zero points takes a byte instead of half of one.
         planned += sum(
-            (model.get_parameter(name).numel() + grid.scale.numel()) // 2
+            (model.get_parameter(name).numel() + (0 if callback.symmetric else grid.scale.numel())) // 2
             for name, grid in callback.grids.items()
         )
     assert tensor_bytes(folder) == pytest.approx(planned, rel=0.05)
 
 
 @needs_torchao
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_FLOAT_INPUTS)
 def test_torchao_loads_what_was_trained(exported, case):
-    model, callback, folder = exported[case]
+    model, callback, folder, logits = exported[case]
     found = load_file(folder / "torchao" / "plain.reloaded")
     assert all(value.equal(found[name]) for name, value in model.state_dict().items())
-    with torch.no_grad():
-        logits = model(INPUT).logits
     # It multiplies by the scale after the product, where there is one for each output feature.
     bound = 1e-6 if callback.bits == 8 and callback.symmetric else 0
-    torch.testing.assert_close(found["logits"], logits, rtol=0, atol=bound)
+    torch.testing.assert_close(found["logits"], logits["plain"], rtol=0, atol=bound)
     tensors = load_file(folder / "torchao" / "model.safetensors")
     for name, grid in callback.grids.items():
         layer = name.removesuffix(".weight")
@@ -193,7 +218,7 @@ def test_tied_tables_stay_tied_and_are_saved_once(exported):
 
 
 def test_zeros_stay_zeros(exported):
-    _, callback, folder = exported["int4 sparse"]
+    _, callback, folder, _ = exported["int4 sparse"]
     found = load_file(folder / "plain.reloaded")
     weights = torch.cat([found[name].flatten() for name in callback.grids])
     assert (weights == 0).float().mean() >= 0.6
@@ -231,6 +256,43 @@ def test_the_model_is_left_alone_and_a_loaded_one_is_not_saved_again(tmp_path):
     with pytest.raises(ValueError, match="quantized already: copy the folder"):
         save_quantized(loaded, tmp_path / "again", grids=grids)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_calibrated_without_training(tmp_path, dtype):
+    model = tiny_bert().to(dtype)
+    grids = quantize_oneshot_(model, bits=8)
+    targets = find_targets(model).targets
+    inputs = calibrated_grids(model, targets, texts(classification_rows))
+    save_quantized(model, tmp_path, grids=grids, input_grids=inputs)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    InputQuantizer(model.eval(), targets, grids=inputs)
+    with torch.no_grad():
+        assert loaded(INPUT).logits.equal(model(INPUT).logits)
+
+
+INPUTS_REFUSED = [
+    (lambda grids: dict(list(grids.items())[1:]), f"{QUERY} is in one of .grids. and"),
+    (lambda grids: grids | {QUERY: replace(grids[QUERY], bits=6)}, r"have \[6, 8\] bits, and must"),
+    (lambda grids: grids | {QUERY: Grid(scale=torch.ones(32, 1), zero_point=None, bits=8)}, "32, 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), INPUTS_REFUSED)
+def test_wrong_grids_of_inputs_are_refused(tmp_path, change, message):
+    model, grids = rounded(tiny_bert(), bits=8)
+    fixed = Grid(scale=torch.tensor(0.1), zero_point=torch.tensor(3.0), bits=8)
+    with pytest.raises(ValueError, match=message):
+        save_quantized(model, tmp_path, grids=grids, input_grids=change(dict.fromkeys(grids, fixed)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["torchao", "dense"])
+def test_formats_without_a_place_for_grids_of_inputs_are_refused(tmp_path, format):
+    model, grids = rounded(tiny_bert(), bits=8)
+    with pytest.raises(ValueError, match=f'"{format}" has no place.*`format="compressed-tensors"`'):
+        save_quantized(model, tmp_path, grids=grids, input_grids=grids, format=format)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_torchao
