@@ -10,6 +10,7 @@ import pytest
 from accelerate.commands import accelerate_cli
 from distillation.features.grid import CASES, run_cuts
 from distillation.test_invariance import LAUNCH
+from distributed.test_two_ranks import launch
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,7 @@ def assert_same(measured, expected):
     for ours, theirs in zip(measured["steps"], expected["steps"], strict=True):
         assert ours == pytest.approx(theirs, rel=2e-5)
     assert measured["projections"] == pytest.approx(expected["projections"], rel=1e-5)
+
+
+def test_shards_change_nothing():
+    launch("../distillation/features/shards.py")

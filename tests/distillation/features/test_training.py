@@ -359,3 +359,21 @@ def test_closest_layers_are_found(tmp_path):
     losses = logged(trainer, "loss_hidden")
     assert losses[0] > 0.1
     assert losses[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_compiled_student_gives_the_same(tmp_path):
+    compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
+    runs = [
+        trained(
+            tmp_path,
+            tiny_bert(**SPREAD),
+            tiny_bert(layers=4, seed=1, **SPREAD),
+            "mobilebert",
+            max_steps=2,
+            **settings,
+        )
+        for settings in ({}, compiling)
+    ]
+    assert hasattr(runs[1].model_wrapped, "_orig_mod")
+    for name in ("loss", "grad_norm", *(f"loss_{name}" for name in runs[0].matching.weights)):
+        assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), rel=1e-5), name
