@@ -46,20 +46,20 @@ def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
         return forward_kl(student, teacher)
     if beta == 1:
         return reverse_kl(student, teacher)
-    mixed = _mixture(teacher, student, beta)
+    mixed = mixture(teacher, student, beta)
     return beta * forward_kl(mixed, teacher) + (1 - beta) * forward_kl(mixed, student)
 
 
 def skew_kl(student: Tensor, teacher: Tensor, skew: float) -> Tensor:
     """KL(teacher || skew teacher + (1 - skew) student) (papers/2402.03898), shaped as in `forward_kl`,
     which it is at skew 0. Never above log(1 / skew)."""
-    return forward_kl(_mixture(teacher, student, skew), teacher)
+    return forward_kl(mixture(teacher, student, skew), teacher)
 
 
 def skew_reverse_kl(student: Tensor, teacher: Tensor, skew: float) -> Tensor:
     """KL(student || skew student + (1 - skew) teacher) (papers/2402.03898), shaped as in `forward_kl`.
     At skew 0 the reverse KL; never above log(1 / skew)."""
-    return forward_kl(_mixture(student, teacher, skew), student)
+    return forward_kl(mixture(student, teacher, skew), student)
 
 
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def precise(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _mixture(one: Tensor, other: Tensor, weight: float) -> Tensor:
+def mixture(one: Tensor, other: Tensor, weight: float) -> Tensor:
     """log(weight exp(one) + (1 - weight) exp(other)), weight in [0, 1)."""
     if weight == 0:
         return other
