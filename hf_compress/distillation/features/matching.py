@@ -96,7 +96,7 @@ class FeatureMatching:
             return 0.0
         learner, example = self._recorders
         student, teacher = learner.take(learns=torch.is_grad_enabled()), example.take(learns=False)
-        self._totals[1] += self._count(batch)
+        counts = self._count(batch)
         loss: Tensor | float = 0.0
         for number, (term, items) in enumerate(zip(self._terms, self._items, strict=True)):
             weight = self.weights[term.name]
@@ -108,6 +108,7 @@ class FeatureMatching:
                 closest.observe(term.distances(*compared))
             total = term.total(*compared, closest.pairs if closest is not None else None)
             self._totals[0, number] += total.detach()
+            self._totals[1, number] += counts[number]
             loss = loss + weight * total / (items.clamp(min=1) / processes)
         return loss
 
@@ -125,7 +126,7 @@ class FeatureMatching:
         return {
             f"loss_{term.name}": total / count
             for term, total, count in zip(self._terms, totals, counts, strict=True)
-            if count > 0 and self.weights[term.name]
+            if count > 0
         }
 
     def forget(self) -> None:

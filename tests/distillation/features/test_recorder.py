@@ -119,6 +119,18 @@ def test_a_decoders_own_attention_is_taken_not_the_cross_attention():
     assert values[feature].query.shape[2] == values[feature].key.shape[2] == batch["labels"].shape[1]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_generation_goes_on_while_attention_is_watched(name):
+    """As it does in an evaluation between two steps."""
+    model, _, batch = make(name)
+    ids = {"input_ids": batch["input_ids"][:1], "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**ids)
+    stack = list(find_stacks(model))[-1]
+    recorder = Recorder(model, [Feature("attention", stack, 1)])
+    assert torch.equal(model.generate(**ids), expected)
+    recorder.remove()
+
+
 def test_forwards_outside_of_start_and_take_are_not_taken_down():
     model, _, batch = make("bert")
     feature = Feature("hidden", "layers", 0)
