@@ -56,7 +56,7 @@ class DistillationArgumentsMixin:
     )
 
     def __post_init__(self) -> None:
-        divergence_of(self)  # raises ValueError where its settings are wrong
+        self.make_divergence()  # raises ValueError where its settings are wrong
         if not 0 <= self.alpha <= 1:
             raise ValueError(
                 f"`alpha` must be in [0, 1], got {self.alpha}. It is the weight of the distillation "
@@ -64,18 +64,17 @@ class DistillationArgumentsMixin:
             )
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments it is mixed into
 
+    def make_divergence(self) -> Divergence:
+        """As the settings are now: callbacks may change them in training."""
+        return Divergence(
+            name=self.divergence,
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            beta=self.beta,
+            skew=self.skew,
+        )
+
 
 @dataclass
 class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
     """`TrainingArguments` for `DistillationTrainer`."""
-
-
-def divergence_of(args: DistillationArgumentsMixin) -> Divergence:
-    """The divergence that `args` describes as they are now: callbacks may change them in training."""
-    return Divergence(
-        name=args.divergence,
-        temperature=args.temperature,
-        teacher_temperature=args.teacher_temperature,
-        beta=args.beta,
-        skew=args.skew,
-    )

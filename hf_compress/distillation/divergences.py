@@ -6,9 +6,10 @@ To add one: a function of two distributions in `losses.py`, and a row in `DIVERG
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from functools import reduce
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ class Kind:
     distance: of (..., classes) logarithms of probabilities, or of logits where `of_logits`;
     power: of the temperature, which keeps the size of the gradient: 2 where it falls with T^2;
     setting: the name of the number in [0, 1] that it takes, with `default`;
+    paper: its number at arXiv;
     yes_no: whether it means something for the logit of a single yes or no.
     """
 
@@ -42,19 +44,20 @@ class Kind:
     power: int = 2
     setting: str | None = None
     default: float | None = None
+    paper: str = "1503.02531"
     of_logits: bool = False
     yes_no: bool = True
 
 
 DIVERGENCES = {
     "forward_kl": Kind(distance=forward_kl),
-    "reverse_kl": Kind(distance=reverse_kl),
+    "reverse_kl": Kind(distance=reverse_kl, paper="2306.08543"),
     "symmetric_kl": Kind(distance=symmetric_kl),
-    "jsd": Kind(distance=generalized_jsd, setting="beta", default=0.5),
-    "skew_kl": Kind(distance=skew_kl, setting="skew", default=0.1),
-    "skew_reverse_kl": Kind(distance=skew_reverse_kl, setting="skew", default=0.1),
-    "tvd": Kind(distance=total_variation, power=1),
-    "logit_mse": Kind(distance=mean_squared_error, of_logits=True),
+    "jsd": Kind(distance=generalized_jsd, setting="beta", default=0.5, paper="2306.13649"),
+    "skew_kl": Kind(distance=skew_kl, setting="skew", default=0.1, paper="2402.03898"),
+    "skew_reverse_kl": Kind(distance=skew_reverse_kl, setting="skew", default=0.1, paper="2402.03898"),
+    "tvd": Kind(distance=total_variation, power=1, paper="2307.15190"),
+    "logit_mse": Kind(distance=mean_squared_error, of_logits=True, paper="1312.6184"),
     "cosine": Kind(distance=cosine_distance, power=0, of_logits=True, yes_no=False),
 }
 
@@ -135,6 +138,44 @@ class Divergence:
             self._refuse("regression", names)
         return squared_error(student, teacher)
 
+    def merged_classes(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """Several teachers as one: the weighted mean of their softened distributions, as logits, or of
+        the logits where these are compared. Each (..., classes) -> (..., classes).
+
+        weights: which add up to 1. One teacher is left as it is.
+        """
+        if len(logits) == 1:
+            return logits[0]
+        if self._kind.of_logits:
+            return self.merged_numbers(logits, weights)
+        softened = [F.log_softmax(precise(each) / self._taught, dim=-1) for each in logits]
+        return self._taught * _log_mean(softened, weights)
+
+    def merged_labels(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """As `merged_classes`, of the probability of each yes: (...) -> (...)."""
+        if len(logits) == 1:
+            return logits[0]
+        if self._kind.of_logits:
+            return self.merged_numbers(logits, weights)
+        softened = [precise(each) / self._taught for each in logits]
+        yes = _log_mean([F.logsigmoid(each) for each in softened], weights)
+        no = _log_mean([F.logsigmoid(-each) for each in softened], weights)
+        return self._taught * (yes - no)
+
+    def merged_numbers(self, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The weighted mean. Each (...) -> (...)."""
+        if len(values) == 1:
+            return values[0]
+        pairs = zip(values, weights, strict=True)
+        return torch.stack([weight * precise(value) for value, weight in pairs]).sum(0)
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of it."""
+        described: dict[str, Any] = {"divergence": self.name, "temperature": self.temperature}
+        if self.teacher_temperature is not None:
+            described["teacher's temperature"] = self.teacher_temperature
+        return {**described, **self.setting, "paper": f"arXiv:{self._kind.paper}"}
+
     @property
     def setting(self) -> dict[str, float]:
         """The `beta` or `skew` that is used, by its name; empty where there is none."""
@@ -149,8 +190,11 @@ class Divergence:
         return DIVERGENCES[self.name]
 
     def _softened(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        taught = self.temperature if self.teacher_temperature is None else self.teacher_temperature
-        return precise(student) / self.temperature, precise(teacher) / taught
+        return precise(student) / self.temperature, precise(teacher) / self._taught
+
+    @property
+    def _taught(self) -> float:
+        return self.temperature if self.teacher_temperature is None else self.teacher_temperature
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         kind = self._kind
@@ -161,6 +205,11 @@ class Divergence:
             f"divergence={self.name!r} is not defined for {task}; these are: "
             f"{', '.join(map(repr, names))}."
         )
+
+
+def _log_mean(logarithms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    pairs = zip(logarithms, weights, strict=True)
+    return reduce(torch.logaddexp, [logarithm + math.log(weight) for logarithm, weight in pairs])
 
 
 def _yes_and_no(logits: Tensor) -> Tensor:

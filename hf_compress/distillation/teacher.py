@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
+from hf_compress.distillation.alignment import Classes, label_classes, vocabulary_classes
 from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.frozen import freeze_
 from hf_compress.targets import without_adapters
@@ -41,7 +41,8 @@ def load_teacher(
         )
     elif not isinstance(teacher, nn.Module):
         raise TypeError(
-            f"`teacher` must be a model, a path, a hub id or 'self', got {type(teacher).__name__}."
+            "`teacher` must be a model, a path, a hub id, 'self' or 'base', got "
+            f"{type(teacher).__name__}."
         )
     elif bits is not None:
         teacher = _requantize(teacher, head, bits)
@@ -56,27 +57,37 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
     return {name: value for name, value in batch.items() if name in names}
 
 
-def check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    """Raises ValueError where `teacher` cannot teach `student`, or would learn with it."""
+def check_pair(student: nn.Module, teacher: nn.Module, processing: Any = None) -> Classes | None:
+    """The teacher's classes that are the student's, in their order; None for all as they are.
+
+    processing: the student's tokenizer or processor, if any, needed where one vocabulary is padded.
+    Raises ValueError where `teacher` cannot teach `student`, or would learn with it.
+    """
     student_parameters = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in student_parameters for parameter in teacher.parameters()):
         raise ValueError(
             "The teacher is the student, or shares weights with it, so it would change with every "
-            "step. For the student as it is now pass teacher='self'; else pass a copy.deepcopy."
+            "step. For the student as it is now pass teacher='self', for the base of its adapters "
+            "teacher='base'; else pass a copy.deepcopy."
         )
     head, other = head_of(student), head_of(teacher)
     if head is not other:
         raise ValueError(f"The student's head is for {head.name}, the teacher's for {other.name}.")
     ours, theirs = without_adapters(student).config, without_adapters(teacher).config
-    if head.reads_or_writes_text:
-        _check_equal("vocabulary", "entries", _vocabulary(ours), _vocabulary(theirs))
     for name in head.same:
         _check_equal("config", f"as its {name}", getattr(ours, name, None), getattr(theirs, name, None))
     if head.predicts_labels:
         _check_equal("head", "labels", ours.num_labels, theirs.num_labels)
-        _check_label_names(ours.id2label, theirs.id2label)
         if None not in (ours.problem_type, theirs.problem_type):
             _check_equal("head", "as its problem_type", ours.problem_type, theirs.problem_type)
+    tokens = None
+    if head.reads_text or head.writes_text:
+        tokens = vocabulary_classes(
+            _vocabulary(ours), _vocabulary(theirs), processing, theirs.name_or_path
+        )
+    if head.predicts_labels:
+        return label_classes(ours.id2label, theirs.id2label)
+    return tokens if head.writes_text else None
 
 
 def _check_equal(what: str, unit: str, ours: Any, theirs: Any) -> None:
@@ -87,21 +98,9 @@ def _check_equal(what: str, unit: str, ours: Any, theirs: Any) -> None:
         )
 
 
-def _check_label_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> None:
-    named = [[str(names[i]).casefold() for i in sorted(names)] for names in (ours, theirs)]
-    placeholders = [all(re.fullmatch(r"label_\d+", name) for name in names) for names in named]
-    if any(placeholders) or named[0] == named[1]:
-        return
-    trouble = "in another order" if sorted(named[0]) == sorted(named[1]) else "with other names"
-    raise ValueError(
-        f"The teacher has its labels {trouble}: student {dict(ours)}, teacher {dict(theirs)}. Give the "
-        "student the teacher's id2label and label2id, and encode the labels of the data the same way."
-    )
-
-
 def _vocabulary(config: Any) -> int | None:
-    # Models that write in another language may have a second vocabulary for it.
     text = config.get_text_config(decoder=True)
+    # Marian may write with another vocabulary than it reads with.
     return getattr(text, "decoder_vocab_size", None) or getattr(text, "vocab_size", None)
 
 

@@ -17,17 +17,17 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_compress.constraint import torch_optimizer
-from hf_compress.distillation.arguments import DistillationArgumentsMixin, divergence_of
+from hf_compress.distillation.arguments import DistillationArgumentsMixin
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.features.presets import as_matches
+from hf_compress.distillation.objective import Objective, mixed
 from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance_of
 from hf_compress.distillation.tasks.heads import head_of
-from hf_compress.distillation.tasks.task import Sums, Task
-from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher
+from hf_compress.distillation.tasks.task import Sums
+from hf_compress.distillation.teachers import ask, normalized
 from hf_compress.distillation.unsupported import refuse_unsupported
 from hf_compress.frozen import snapshot
-from hf_compress.targets import without_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,12 @@ class DistillationMixin(Trainer):
     gives them. `loss_task`, `loss_kd` and `agreement` (how often both models choose the same class) are
     logged, and come with evaluation under its prefix.
 
-    teacher: a model (frozen and moved in place), a path or hub id, or "self", a copy of the student as
-    it is when the trainer is built: the dense model, when it is pruned later.
-    teacher_bits: 8 or 4 loads the teacher through bitsandbytes; None keeps its precision.
+    teacher: a model (frozen and moved in place), a path or hub id; "self", a copy of the student as it
+        is when the trainer is built: the dense model, when it is pruned later; "base", the model under
+        the student's adapters, without a second copy; or a list of these.
+    teacher_bits: 8 or 4 loads the teachers through bitsandbytes; None keeps their precision.
+    teacher_weights: one number above 0 for each teacher, of whose distributions the weighted mean
+        teaches; None: all equal.
     matches: what is compared inside both models while training, added to the loss by its weight and
         logged as `loss_<name>`: one or several `hf_compress.distillation.features.match.Match`, or the
         name of a preset. Evaluation compares the outputs only.
@@ -60,14 +63,16 @@ class DistillationMixin(Trainer):
     loss_is_scaled_for_ga = True
     model: nn.Module
     args: Any  # a TrainingArguments with the fields of DistillationArgumentsMixin
+    objective: Objective
 
     def __init__(
         self,
         model: nn.Module | str | None = None,
         args: Any = None,
         *others: Any,
-        teacher: nn.Module | str,
+        teacher: nn.Module | str | Sequence[nn.Module | str],
         teacher_bits: int | None = None,
+        teacher_weights: Sequence[float] | None = None,
         matches: str | Match | Sequence[Match] = (),
         **trainer_arguments: Any,
     ) -> None:
@@ -77,31 +82,39 @@ class DistillationMixin(Trainer):
                 "DistillationArguments, or for another arguments class a dataclass of your own: "
                 "class MyArguments(DistillationArgumentsMixin, SFTConfig)."
             )
-        from_student = isinstance(teacher, str) and teacher == "self"
-        if from_student:
-            # Before any Trainer has wrapped or patched it.
-            teacher = _copy_of(model)
+        given: list[Any] = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+        from_student = any(isinstance(each, str) and each in ("self", "base") for each in given)
+        # Before any Trainer has wrapped or patched it.
+        given = [_copy_of(model) if each == "self" else each for each in given]
         super().__init__(model, args, *others, **trainer_arguments)  # type: ignore[arg-type]
         if Version(transformers.__version__) < Version("5.19"):
             # Those versions ask this flag whether the loss is scaled already.
             self.model_accepts_loss_kwargs = True
         refuse_unsupported(self)
-        self.head = head_of(self.model)
-        self.teacher = load_teacher(teacher, self.head, bits=teacher_bits, device=self.args.device)
-        check_pair(self.model, self.teacher)
-        self.matching = FeatureMatching(
+        head = head_of(self.model)
+        self.teachers, asked = ask(
+            given,
             self.model,
-            self.teacher,
-            as_matches(matches),
+            head,
+            bits=teacher_bits,
             device=self.args.device,
-            seed=self.args.seed,
+            processing=self.processing_class,
+        )
+        weights = normalized(teacher_weights, len(given))
+        self.objective = Objective(head, asked, weights, self.accelerator.autocast)
+        # The one model that answers as it stands: not one of several, nor one under adapters.
+        self.teacher = self.teachers[0] if len(given) == 1 and given[0] != "base" else None
+        compared = as_matches(matches)
+        if compared and self.teacher is None:
+            raise ValueError("`matches` need one teacher of its own layers, not 'base' or several.")
+        self.matching = FeatureMatching(
+            self.model, self.teachers[0], compared, device=self.args.device, seed=self.args.seed
         )
         if self.matching.projections.weights and self.is_fsdp_enabled:
             raise NotImplementedError(
                 "`matches` with a projection under FSDP: its optimizer saves parameters of the model "
                 "only. Use DDP, or match layers of equal width."
             )
-        self._task: Task | None = None
         self._train_sums = self._no_sums()
         self._eval_sums = self._no_sums()
         # A copy of the student agrees with it until the student moves: that is no mistake.
@@ -114,7 +127,7 @@ class DistillationMixin(Trainer):
         """The batches of one optimizer step, and their number of items over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.matching.count(batches, self._summed)
-        return batches, self._summed(self._items(batches, device))
+        return batches, self._summed(self.objective.items(self.model, batches, device))
 
     def compute_loss(
         self,
@@ -130,14 +143,17 @@ class DistillationMixin(Trainer):
         """
         if model.training:
             self.matching.start(self.model)
-        sums, outputs = self._sums(
-            model, inputs, rows=None if model.training else self._real_rows(inputs)
+        sums, outputs = self.objective.sums(
+            model,
+            inputs,
+            divergence=self.args.make_divergence(),
+            rows=None if model.training else self._real_rows(inputs),
         )
         if model.training and num_items_in_batch is not None:
             items = torch.as_tensor(num_items_in_batch, device=sums.items.device)
-            loss = _loss(sums, items, self.args.alpha) * self.accelerator.num_processes
+            loss = mixed(sums, items, self.args.alpha) * self.accelerator.num_processes
         else:
-            loss = _loss(sums, sums.items, self.args.alpha)
+            loss = mixed(sums, sums.items, self.args.alpha)
         if model.training:
             loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
         self._record(sums, training=model.training)
@@ -179,29 +195,13 @@ class DistillationMixin(Trainer):
 
     def _losses(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
         placed = [self._prepare_inputs(dict(batch)) for batch in batches]
-        items = self._items(placed, self.args.device)
+        items = self.objective.items(self.model, placed, self.args.device)
         if not items.sum():
             raise ValueError("The rows have no label that counts: pass more `rows`.")
         for batch in placed:
             with self.accelerator.autocast():
-                sums, _ = self._sums(self.model, batch, rows=None)
-            yield _loss(sums, items.to(sums.items.device), self.args.alpha)
-
-    def _items(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
-        items = torch.zeros((), dtype=torch.long, device=device)
-        for batch in batches:
-            items = items + self._task_of(batch).count(batch).to(device)
-        return items
-
-    def _sums(self, model: nn.Module, batch: dict[str, Any], *, rows: int | None) -> tuple[Sums, Any]:
-        """The totals over the first `rows` rows of `batch` (None: all), and the student's outputs."""
-        task = self._task_of(batch)
-        features = self.head.inputs(self.model, batch)
-        outputs = model(**features)
-        with torch.no_grad(), self.accelerator.autocast():
-            taught = self.teacher(**accepted_inputs(self.teacher, {**features, "use_cache": False}))
-        sums = task.sums(outputs, [taught], batch, divergence=divergence_of(self.args), rows=rows)
-        return sums, outputs
+                sums, _ = self.objective.sums(self.model, batch, divergence=self.args.make_divergence())
+            yield mixed(sums, items.to(sums.items.device), self.args.alpha)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer below does, with a group for each projection of the matches."""
@@ -283,23 +283,12 @@ class DistillationMixin(Trainer):
             self.matching.forget()
         super().log(logs, start_time)
 
-    def _task_of(self, batch: Mapping[str, Any]) -> Task:
-        if self._task is None:
-            if missing := [name for name in self.head.labels if name not in batch]:
-                raise ValueError(
-                    f"The batch has no `{'`, no `'.join(missing)}`, only {sorted(batch)}. The task "
-                    "part of the loss and the choice of items need them; see `remove_unused_columns` "
-                    "and the collator."
-                )
-            self._task = self.head.task(without_adapters(self.model), batch)
-        return self._task
-
     def _real_rows(self, batch: Mapping[str, Any]) -> int | None:
         """How many rows of the last evaluation batch do not merely fill it up for the other ranks."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder < 1:
             return None
-        rows = len(batch[self.head.labels[0]])
+        rows = len(batch[self.objective.head.labels[0]])
         return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
 
     def _summed(self, values: Tensor) -> Tensor:
@@ -325,11 +314,12 @@ class DistillationMixin(Trainer):
 
     def _means(self, sums: Tensor) -> dict[str, float]:
         items, *totals = self._summed(sums)
-        if self._task is None or not items.sum():
+        task = self.objective.task
+        if task is None or not items.sum():
             return {}
-        task, distillation, agreement = ((total / items.clamp(min=1)).mean().item() for total in totals)
-        means = {"loss_task": task, "loss_kd": distillation}
-        return {**means, "agreement": agreement} if self._task.agreement else means
+        means = [(total / items.clamp(min=1)).mean().item() for total in totals]
+        named = dict(zip(("loss_task", "loss_kd", "agreement"), means, strict=True))
+        return named if task.agreement else {name: named[name] for name in ("loss_task", "loss_kd")}
 
     def _attach_callbacks(self) -> None:
         from hf_compress.callbacks.base import CompressionCallback
@@ -347,15 +337,3 @@ def _copy_of(model: nn.Module | str | None) -> nn.Module | str:
     if model is None:
         raise ValueError("teacher='self' copies the student: pass `model`, not `model_init`.")
     return model if isinstance(model, str) else snapshot(model)
-
-
-def _loss(sums: Sums, items: Tensor, alpha: float) -> Tensor:
-    """Both terms mixed and divided by `items`; of a head of several parts their mean."""
-    # A part of weight 0 is left out, not multiplied by 0: it must not bring in NaN, or cost a backward.
-    if alpha == 0:
-        total = sums.task
-    elif alpha == 1:
-        total = sums.distillation
-    else:
-        total = (1 - alpha) * sums.task + alpha * sums.distillation
-    return (total / items.clamp(min=1)).mean()

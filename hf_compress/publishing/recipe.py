@@ -122,9 +122,14 @@ def grids_of(trainer: Any | None) -> dict[str, Grid]:
 
 
 def teacher_of(trainer: Any | None) -> Any | None:
-    """The teacher of a distilling trainer."""
+    """The only teacher of a distilling trainer, where that is a model of its own."""
     # Asked of the object: the trainer's class may be one of the user's, mixed with another.
     return None if trainer is None else vars(trainer).get("teacher")
+
+
+def teachers_of(trainer: Any | None) -> list[Any]:
+    """All teachers of a distilling trainer, the base under its student's adapters among them."""
+    return [] if trainer is None else vars(trainer).get("teachers", [])
 
 
 def bits_of(model: Any) -> int | None:
@@ -141,15 +146,15 @@ def precision_of(model: Any) -> str:
 
 
 def _distillation(trainer: Any) -> dict[str, Any] | None:
-    teacher = teacher_of(trainer)
-    if teacher is None:
+    teachers = teachers_of(trainer)
+    if not teachers:
         return None
+    names = [hub_id(teacher.config.name_or_path) or type(teacher).__name__ for teacher in teachers]
     return {
-        "teacher": hub_id(teacher.config.name_or_path) or type(teacher).__name__,
-        "teacher's precision": precision_of(teacher),
-        "temperature": trainer.args.temperature,
+        "teacher": ", ".join(names),
+        "teacher's precision": ", ".join(dict.fromkeys(map(precision_of, teachers))),
+        **trainer.args.make_divergence().describe(),
         "alpha": trainer.args.alpha,
-        "paper": "arXiv:1503.02531",
     }
 
 

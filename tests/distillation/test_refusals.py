@@ -66,13 +66,21 @@ WRONG = {
         ValueError,
         "has 3 labels, the teacher's 5",
     ),
-    "teacher with its labels in another order": (
+    "teacher with labels of other names": (
         {
             "model": tiny_bert(id2label={0: "a", 1: "b", 2: "c"}),
-            "teacher": tiny_bert(id2label={0: "b", 1: "a", 2: "c"}),
+            "teacher": tiny_bert(id2label={0: "b", 1: "a", 2: "d"}),
         },
         ValueError,
-        "in another order",
+        "labels with other names",
+    ),
+    "teacher with two labels of one name": (
+        {
+            "model": tiny_bert(id2label={0: "a", 1: "a", 2: "c"}),
+            "teacher": tiny_bert(id2label={0: "a", 1: "c", 2: "a"}),
+        },
+        ValueError,
+        "labels with other names",
     ),
     "teacher with another head": (
         {"teacher": tiny_llama()},

@@ -51,9 +51,11 @@ class Ctc:
             nothing = ours.sum()
             return Sums(torch.zeros_like(nothing), nothing, nothing, torch.zeros_like(nothing))
         frames = self._frames(batch)[:rows].to(ours.device)
-        theirs = self._of_teacher(teachers[0], ours)
         real = torch.arange(ours.shape[1], device=ours.device) < frames[:, None]
-        ours_real, theirs_real = ours[real], theirs[real]
+        all_theirs = [self._of_teacher(each, ours)[real] for each in teachers]
+        theirs_real = divergence.merged_classes(all_theirs, weights)
+        # Letters behind the last of the teacher are padding of the vocabulary.
+        ours_real = ours[real][:, : theirs_real.shape[-1]]
         share = 1 / frames[real.nonzero()[:, 0]]
         same = ours_real.argmax(-1) == theirs_real.argmax(-1)
         padded = ours.masked_fill(~real[..., None], 0.0)

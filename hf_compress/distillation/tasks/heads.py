@@ -30,7 +30,7 @@ class Head:
     labels: the entries of a batch that are labels;
     fits: whether a model of one of these classes is really meant;
     predicts_labels: whether its outputs are the labels named in the config;
-    reads_or_writes_text: whether the vocabulary in the config says something;
+    reads_text, writes_text: whether the vocabulary in the config is that of its inputs, its outputs;
     same: entries of the config that student and teacher must have in common;
     makes_decoder_inputs: whether the labels, shifted, are inputs as well.
     """
@@ -42,7 +42,8 @@ class Head:
     labels: tuple[str, ...] = ("labels",)
     fits: Callable[[Any], bool] = lambda model: True
     predicts_labels: bool = False
-    reads_or_writes_text: bool = True
+    reads_text: bool = False
+    writes_text: bool = False
     same: tuple[str, ...] = ()
     makes_decoder_inputs: bool = False
 
@@ -149,6 +150,7 @@ HEADS = (
         class_names=_names(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
         task=_classification,
         predicts_labels=True,
+        reads_text=True,
     ),
     Head(
         name="token classification",
@@ -156,6 +158,7 @@ HEADS = (
         class_names=_names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, _OTHER_LOSSES),
         task=_always(labelled.TOKENS),
         predicts_labels=True,
+        reads_text=True,
     ),
     Head(
         name="question answering",
@@ -163,18 +166,22 @@ HEADS = (
         class_names=_names(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, _OTHER_LOSSES),
         task=_always(SPANS),
         labels=POSITIONS,
+        reads_text=True,
     ),
     Head(
         name="multiple choice",
         auto_class=transformers.AutoModelForMultipleChoice,
         class_names=_names(auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES),
         task=_always(labelled.CHOICES),
+        reads_text=True,
     ),
     Head(
         name="causal language modelling",
         auto_class=transformers.AutoModelForCausalLM,
         class_names=_names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, _UNSHIFTED),
         task=_always(labelled.CAUSAL_LM),
+        reads_text=True,
+        writes_text=True,
     ),
     # Before masked language modelling, which lists BART too.
     Head(
@@ -186,6 +193,8 @@ HEADS = (
         fits=lambda model: model.config.is_encoder_decoder,
         same=("decoder_start_token_id",),
         makes_decoder_inputs=True,
+        reads_text=True,
+        writes_text=True,
     ),
     Head(
         name="speech sequence-to-sequence",
@@ -195,12 +204,15 @@ HEADS = (
         fits=lambda model: model.config.is_encoder_decoder,
         same=("decoder_start_token_id",),
         makes_decoder_inputs=True,
+        writes_text=True,
     ),
     Head(
         name="masked language modelling",
         auto_class=transformers.AutoModelForMaskedLM,
         class_names=_names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
         task=_always(labelled.MASKED_LM),
+        reads_text=True,
+        writes_text=True,
     ),
     Head(
         name="image classification",
@@ -208,7 +220,6 @@ HEADS = (
         class_names=_names(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, _OTHER_LOSSES),
         task=_classification,
         predicts_labels=True,
-        reads_or_writes_text=False,
     ),
     Head(
         name="audio classification",
@@ -216,7 +227,6 @@ HEADS = (
         class_names=_names(auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
         task=_classification,
         predicts_labels=True,
-        reads_or_writes_text=False,
     ),
     Head(
         name="connectionist temporal classification",
@@ -225,5 +235,6 @@ HEADS = (
         task=_ctc,
         fits=lambda model: hasattr(model, "_get_feat_extract_output_lengths"),
         same=("pad_token_id",),
+        writes_text=True,
     ),
 )

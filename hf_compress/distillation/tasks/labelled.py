@@ -23,11 +23,13 @@ class Answer:
 
     loss: the task's own loss, (items, ...) logits and (items,) labels -> (items,);
     distance: divergence, student logits, teacher logits -> (items,);
+    merge: divergence, logits of several teachers, their weights -> logits as of one;
     agrees: student logits, teacher logits -> (items,) bool; None where it means nothing.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     distance: Callable[[Divergence, Tensor, Tensor], Tensor]
+    merge: Callable[[Divergence, Sequence[Tensor], Sequence[float]], Tensor]
     agrees: Callable[[Tensor, Tensor], Tensor] | None
 
 
@@ -65,14 +67,17 @@ class Labelled:
         labels = self.labels(batch)[:rows]
         counts = self._counts(labels)
         ours = self._counted("student", student, counts)
-        theirs = self._counted("teacher", teachers[0], counts).to(ours.device)
+        all_theirs = [self._counted("teacher", each, counts).to(ours.device) for each in teachers]
+        theirs = self.answer.merge(divergence, all_theirs, weights)
+        # Classes behind the last of the teacher are padding of the vocabulary.
+        compared = ours[..., : theirs.shape[-1]]
         labels, items = labels[counts].to(ours.device), counts.sum().to(ours.device)
         agrees = self.answer.agrees
         return Sums(
             items=items,
             task=self.answer.loss(ours, labels).sum(),
-            distillation=self.answer.distance(divergence, ours, theirs).sum(),
-            agreement=torch.zeros_like(items) if agrees is None else agrees(ours, theirs).sum(),
+            distillation=self.answer.distance(divergence, compared, theirs).sum(),
+            agreement=torch.zeros_like(items) if agrees is None else agrees(compared, theirs).sum(),
         )
 
     def _counts(self, labels: Tensor) -> Tensor:
@@ -107,9 +112,24 @@ def _same_sign(student: Tensor, teacher: Tensor) -> Tensor:
     return (student > 0) == (teacher > 0)
 
 
-CLASS = Answer(loss=_cross_entropy, distance=Divergence.between_classes, agrees=_same_class)
-YES_OR_NO = Answer(loss=_binary_cross_entropy, distance=Divergence.between_labels, agrees=_same_sign)
-NUMBER = Answer(loss=squared_error, distance=Divergence.between_numbers, agrees=None)
+CLASS = Answer(
+    loss=_cross_entropy,
+    distance=Divergence.between_classes,
+    merge=Divergence.merged_classes,
+    agrees=_same_class,
+)
+YES_OR_NO = Answer(
+    loss=_binary_cross_entropy,
+    distance=Divergence.between_labels,
+    merge=Divergence.merged_labels,
+    agrees=_same_sign,
+)
+NUMBER = Answer(
+    loss=squared_error,
+    distance=Divergence.between_numbers,
+    merge=Divergence.merged_numbers,
+    agrees=None,
+)
 
 
 def _logits(output: Any) -> Tensor:
