@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 @dataclass(frozen=True)
 class Target:
     """A weight to compress. `input_dim` is its axis of input features: 1 in a Linear (out, in),
-    0 in a Conv1D (in, out), -1 in stacked experts (experts, out, in)."""
+    0 in a Conv1D (in, out), -1 in stacked experts (experts, out, in), -2 where they are (experts, in,
+    out), as in GPT-OSS and Llama 4."""
 
     name: str
     param: nn.Parameter
@@ -32,7 +33,7 @@ class Target:
     @property
     def stacked(self) -> bool:
         """Whether it is the stacked matrices of experts."""
-        return self.input_dim == -1
+        return self.input_dim < 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _impossible(name: str, param: nn.Parameter, tied: bool) -> str | None:
         return f"packed as {param.dtype}: load the model without quantization to change its weights"
     if "lora_" in name or ".modules_to_save." in name:
         return "adapter"
-    if param.dim() < 2 or name.rpartition(".")[2] == "bias":
+    if param.dim() < 2 or name.endswith("bias"):  # those of experts are stacked too
         return "bias or norm"
     if not param.requires_grad:
         return "frozen: it is not trained"
@@ -160,7 +161,11 @@ def _unwise(module: nn.Module, head: bool) -> str | None:
 def _input_dim(module: nn.Module) -> int:
     if isinstance(module, Conv1D):
         return 0
-    return 1 if isinstance(module, nn.Linear) else -1
+    if isinstance(module, nn.Linear):
+        return 1
+    # All experts of transformers say how they are stored, but Llama 4's.
+    transposed = vars(module).get("is_transposed", type(module).__name__ == "Llama4TextExperts")
+    return -2 if transposed else -1
 
 
 def _head_modules(model: nn.Module) -> set[nn.Module]:

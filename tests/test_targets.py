@@ -1,7 +1,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_bert, tiny_llama
+from tiny import tiny_bert, tiny_gpt_oss, tiny_llama, tiny_llama4
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -145,6 +145,15 @@ def test_input_dimension_of_each_layout():
     experts = find_targets(mixtral()).targets["model.layers.0.mlp.experts.down_proj"]
     assert experts.input_dim == -1
     assert experts.param.shape == (4, 32, 64)
+    for transposed, name in ((tiny_gpt_oss(), "mlp"), (tiny_llama4(), "feed_forward")):
+        experts = find_targets(transposed).targets[f"model.layers.0.{name}.experts.down_proj"]
+        assert experts.input_dim == -2
+        assert experts.param.shape == (4, 24, 32)
+
+
+def test_the_stacked_biases_of_experts_are_biases():
+    skipped = find_targets(tiny_gpt_oss()).skipped
+    assert skipped["model.layers.0.mlp.experts.down_proj_bias"] == "bias or norm"
 
 
 def test_a_tied_head_is_not_pruned_by_way_of_its_module():

@@ -7,6 +7,10 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -130,6 +134,50 @@ def tiny_mixtral(layers=2, experts=4, seed=0):
             intermediate_size=64,
             max_position_embeddings=64,
             num_local_experts=experts,
+        )
+    )
+
+
+def tiny_gpt_oss(layers=1, experts=4, seed=0):
+    """Its experts are stored as (experts, in, out)."""
+    torch.manual_seed(seed)
+    return GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=24,
+            max_position_embeddings=64,
+            num_local_experts=experts,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def tiny_llama4(layers=1, experts=4, seed=0):
+    """Its experts are stored as (experts, in, out), and its class does not say so."""
+    torch.manual_seed(seed)
+    return Llama4ForCausalLM(
+        Llama4TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=24,
+            intermediate_size_mlp=64,
+            max_position_embeddings=64,
+            num_local_experts=experts,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
         )
     )
 

@@ -59,10 +59,8 @@ def layer_by_layer(
 
 def matrices(tensor: Tensor, target: Target) -> list[Tensor]:
     """Views (out, ...) of what lies as the weight of `target` does, one for each of stacked experts."""
-    if target.stacked:
-        return list(tensor.detach())
-    matrix = tensor.detach()
-    return [matrix.t() if target.input_dim == 0 else matrix]
+    found = list(tensor.detach()) if target.stacked else [tensor.detach()]
+    return [matrix.t() for matrix in found] if target.input_dim in (0, -2) else found
 
 
 def _decoder_around(model: nn.Module, layers: Sequence[str]) -> list[str]:

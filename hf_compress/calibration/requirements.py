@@ -33,11 +33,6 @@ def check_targets(model: nn.Module, selection: Selection, n_of_m: tuple[int, int
                 f"`{name}` belongs to a {type(owner).__name__}: only Linear, Conv1D and stacked "
                 f"experts can be compressed in one shot. Leave it out: `ignore=[{name!r}]`."
             )
-        if stacked and vars(owner).get("is_transposed"):
-            raise ValueError(
-                f"`{name}` holds experts as (in, out), which cannot be compressed in one shot yet. "
-                f"Leave it out: `ignore=[{name!r}]`."
-            )
         if isinstance(param, DTensor):
             raise ValueError(f"`{name}` is sharded: compress the model before it is distributed.")
         if param.is_meta and not has_offloaded_params(owner):
@@ -53,7 +48,14 @@ def check_targets(model: nn.Module, selection: Selection, n_of_m: tuple[int, int
 
 
 def check_experts(batches: Sequence[Batch], selection: Selection) -> None:
+    """Raises ValueError for experts whose inputs cannot be told apart."""
     stacked = [name for name, target in selection.targets.items() if target.stacked]
+    for name in stacked:
+        if selection.targets[name].input_dim == -2:
+            raise ValueError(
+                f"`{name}` holds experts as (in, out), whose inputs cannot be seen: leave it out by "
+                f"`ignore=[{name!r}]`, or choose a method that needs no calibration."
+            )
     for index, batch in enumerate(batches):
         if stacked and padding_mask(batch, "attention_mask") is not None:
             raise ValueError(

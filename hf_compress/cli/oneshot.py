@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         found.check(names, sparsity)
     if n_of_m is not None:
         axes = {
-            tensor: -1 if target.stacked else target.input_dim
+            tensor: target.input_dim
             for name, target in targets.items()
             for tensor in written[name]
         }

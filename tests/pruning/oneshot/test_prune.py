@@ -11,6 +11,7 @@ from tiny import (
     VOCABULARY,
     classification_rows,
     tiny_bert,
+    tiny_gpt_oss,
     tiny_llama,
     tiny_mixtral,
 )
@@ -239,6 +240,14 @@ def test_experts_that_see_nothing_are_ranked_by_magnitude():
     assert len(untouched) >= 12
     for e in untouched:
         assert old[e][experts[e] != 0].abs().min() > old[e][experts[e] == 0].abs().max()
+
+
+def test_transposed_experts_are_pruned_along_their_inputs():
+    model = tiny_gpt_oss()
+    prune_oneshot_(model, score="magnitude", pattern="2:4")
+    experts = [t.param for t in find_targets(model).targets.values() if t.stacked]
+    for param in experts:  # (experts, in, out)
+        assert (param.unflatten(1, (-1, 4)) == 0).sum(2).eq(2).all()
 
 
 def test_layers_that_share_weights_are_one_block():
