@@ -62,9 +62,7 @@ def main(argv: list[str]) -> None:
         found.check(names, sparsity)
     if n_of_m is not None:
         axes = {
-            tensor: target.input_dim
-            for name, target in targets.items()
-            for tensor in written[name]
+            tensor: target.input_dim for name, target in targets.items() for tensor in written[name]
         }
         check_groups(folder, found, axes, n_of_m)
     details = {
