@@ -91,4 +91,4 @@ def mixed(sums: Sums, items: Tensor, alpha: float) -> Tensor:
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    return without_adapters(extract_model_from_parallel(model, recursive=True))
+    return without_adapters(extract_model_from_parallel(model, keep_torch_compile=False))
