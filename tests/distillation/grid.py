@@ -72,6 +72,7 @@ CASES = {
     "llama regression": (tiny_llama_classifier, {"num_labels": 1, **SPREAD}, rows_with(REAL)),
     "llama causal": (tiny_llama, SPREAD, partly_masked_language()),
     "llama causal, lora": (tiny_lora, SPREAD, partly_masked_language()),
+    "llama causal, lora and base": (tiny_lora, SPREAD, partly_masked_language()),
     **{
         name: (partial(heads.make_model, name), {}, heads.make_rows(name, ROWS)) for name in heads.HEADS
     },
@@ -100,7 +101,7 @@ def two_steps(case, *, batch_size, accumulation):
             train_dataset=rows,
             # 9 rows: the last batch is filled up with repeated ones where there are two processes.
             eval_dataset=rows.select(range(9)),
-            teacher=make(seed=1, **config),
+            teacher="base" if case.endswith("base") else make(seed=1, **config),
         )
         trainer.train()
         evaluated = trainer.evaluate()

@@ -152,6 +152,27 @@ def test_trainer(wrong, tmp_path):
         DistillationTrainer(**given)
 
 
+@pytest.mark.parametrize(
+    ("student", "labels", "message"),
+    [
+        (tiny_bert(), [[0.0, 1.0, 1.0]] * 4, "'cosine' is not defined for multi-label classification"),
+        (tiny_bert(num_labels=1), [0.5] * 4, "'cosine' is not defined for regression"),
+    ],
+)
+def test_divergences_that_mean_nothing_for_the_head(student, labels, message, tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[5, 6]] * 4, "labels": labels})
+    before = copy.deepcopy(student.state_dict())
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, divergence="cosine"),
+        train_dataset=rows,
+        teacher=copy.deepcopy(student),
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def test_another_vocabulary(tmp_path):
     teacher = tiny_llama(seed=1)
     teacher.resize_token_embeddings(112)

@@ -181,6 +181,25 @@ def test_the_base_of_a_language_model_learns_nothing_itself(tmp_path):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_the_base_teaches_beside_activation_checkpointing(tmp_path):
+    """Whose second forward, in the backward, runs with the adapters on."""
+    runs = []
+    for checkpointing in (False, True):
+        student = adapted(
+            tiny_llama(**SPREAD), target_modules=["q_proj"], task_type="CAUSAL_LM", lora_dropout=0.0
+        )
+        for number, (_, parameter) in enumerate(sorted(student.named_parameters())):
+            if parameter.requires_grad:
+                torch.nn.init.normal_(
+                    parameter, std=0.1, generator=torch.Generator().manual_seed(number)
+                )
+        settings = {"activation_checkpointing": checkpointing}
+        trainer = trainer_of(tmp_path, student, "base", language_rows(rows=8), settings=settings)
+        trainer.train()
+        runs.append([log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
 def test_the_base_is_as_precise_as_it_is(tmp_path):
     with pytest.raises(ValueError, match=r"leave out `teacher_bits` \(8\)"):
         trainer_of(tmp_path, adapted(tiny_bert()), "base", teacher_bits=8)
