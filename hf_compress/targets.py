@@ -90,7 +90,7 @@ def find_targets(
             if reason is None and wanted and not hits:
                 reason = "not named in `targets`"
             if reason is None:
-                selection.targets[name] = Target(name, param, _input_dim(module))
+                selection.targets[name] = Target(name, param, input_dim(module))
             else:
                 selection.skipped[name] = reason
     _check_all_used(model, wanted, unwanted, used)
@@ -158,7 +158,8 @@ def _unwise(module: nn.Module, head: bool) -> str | None:
     return f"{kind} weights are compressed only when named"
 
 
-def _input_dim(module: nn.Module) -> int:
+def input_dim(module: nn.Module) -> int:
+    """The axis of the input features in the weights of `module`: see `Target`."""
     if isinstance(module, Conv1D):
         return 0
     if isinstance(module, nn.Linear):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from hf_compress.quantization.file_layers import check_layers
 from hf_compress.quantization.grids import Grid
 
 FORMATS = ("compressed-tensors", "torchao", "dense")
@@ -41,7 +42,9 @@ def save_quantized(
         "compressed-tensors": transformers reads it where that package is installed. Symmetric weights
             become `pack-quantized`, of `bits` bits each. Those with a zero point, which transformers
             does not load packed, or with `input_grids` become `int-quantized`, of 8 bits each whatever
-            `bits` is. The loaded model has the weights as floats from its first forward on.
+            `bits` is. The loaded model has the weights as floats from its first forward on, those of a
+            Conv1D or of experts from its loading on. Experts that were stacked in the model only, as
+            Mixtral's, are packed one by one, as its files have them.
         "torchao": transformers reads it where that package is installed, as the class it was saved
             from, not its backbone alone. A byte for each weight whatever `bits` is, in memory too, and
             grids of several kinds in one model. Symmetric weights of 8 bits become `Int8Tensor`, whose
@@ -55,10 +58,11 @@ def save_quantized(
     `quantization_config=CompressedTensorsConfig(dequantize=True)`, which leaves its inputs floats.
 
     Raises ValueError before anything is written: for another `format`, no `grids`, weights that `model`
-    does not have, that are not in a Linear layer, are shards, shared, not on their grid or, for
-    "compressed-tensors", on grids of several kinds; for `input_grids` of other layers, of several
-    widths or for another format, which has no place for them; and for a model that is quantized
-    already.
+    does not have, are shards, shared or not on their grid, and a model that is quantized already. For
+    "torchao", weights in other layers than Linear ones. For "compressed-tensors", grids of several
+    kinds, Conv1D layers beside others, experts that files stack too (GPT-OSS, Llama 4) or on grids with
+    zero points, and experts left as floats. For `input_grids` of other layers, of several widths, of
+    Conv1D layers, or with another format, which has no place for them.
     TypeError for what is no transformers model, ImportError without the package of the format.
     """
     if format not in FORMATS:
@@ -90,6 +94,7 @@ def save_quantized(
     else:
         from hf_compress.quantization.to_compressed_tensors import save_compressed_tensors
 
+        check_layers(model, grids, input_grids or {})
         _check_inputs(grids, input_grids or {})
         save_compressed_tensors(model, folder, grids, input_grids or {})
 
@@ -108,10 +113,13 @@ def _check(model: PreTrainedModel, grids: Mapping[str, Grid], format: str) -> No
                 "of it."
             )
         param, module = parameters[name], model.get_submodule(name.rpartition(".")[0])
+        if format == "torchao" and not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"{name} is in a {type(module).__name__}, and torchao packs Linear layers only: pass "
+                '`format="compressed-tensors"` or "dense", or train with it left out by `ignore`.'
+            )
         reason = None
-        if not isinstance(module, nn.Linear):
-            reason = f"in a {type(module).__name__}, and {format} packs Linear layers only"
-        elif isinstance(param, DTensor):
+        if isinstance(param, DTensor):
             reason = "sharded, and so is its grid"
         elif owners[param] > 1:
             reason = "shared with another layer"

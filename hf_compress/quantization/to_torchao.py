@@ -57,7 +57,7 @@ def save_torchao(
 
 
 def _packed(name: str, weight: Tensor, grid: Grid) -> Tensor:
-    codes = codes_of(name, weight, grid)
+    codes = codes_of(name, weight, grid, input_dim=1)
     block = [size // groups for size, groups in zip(weight.shape, grid.scale.shape, strict=True)]
     if _is_int8(grid):
         return Int8Tensor(codes, grid.scale, block, weight.dtype)
