@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_compress.constraint import constrain
     from hf_compress.distillation.arguments import DistillationArguments
     from hf_compress.distillation.features.match import Match
+    from hf_compress.distillation.cache.precompute import precompute_teacher
     from hf_compress.distillation.layers import init_student
     from hf_compress.distillation.trainer import DistillationMixin, DistillationTrainer
     from hf_compress.pruning.lora import merge_under_mask_
@@ -58,6 +59,7 @@ _HOMES = {
     "load_quantized": "hf_compress.quantization.bnb",
     "merge_and_requantize": "hf_compress.quantization.merging",
     "merge_under_mask_": "hf_compress.pruning.lora",
+    "precompute_teacher": "hf_compress.distillation.cache.precompute",
     "prune_oneshot_": "hf_compress.pruning.oneshot.prune",
     "prune_structure": "hf_compress.pruning.structure.removal",
     "prune_vocabulary": "hf_compress.pruning.vocabulary.prune",
@@ -90,6 +92,7 @@ __all__ = [
     "load_quantized",
     "merge_and_requantize",
     "merge_under_mask_",
+    "precompute_teacher",
     "prune_oneshot_",
     "prune_structure",
     "prune_vocabulary",

@@ -113,7 +113,18 @@ class Divergence:
         if self._kind.of_logits:
             return self._distance(*self._softened(student, teacher))
         student, teacher = self._softened(student, teacher)
-        return self._distance(F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1))
+        return self.between_distributions(
+            F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+        )
+
+    def between_distributions(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of logarithms of probabilities that are softened already: (..., classes) -> (...).
+
+        Raises ValueError for a divergence of logits.
+        """
+        if self._kind.of_logits:
+            self._refuse("probabilities", (k for k, v in DIVERGENCES.items() if not v.of_logits))
+        return self._distance(student, teacher)
 
     def between_labels(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Of yes or no, for each label of a multi-label head alone: (...) logits -> (...).
@@ -148,8 +159,8 @@ class Divergence:
             return logits[0]
         if self._kind.of_logits:
             return self.merged_numbers(logits, weights)
-        softened = [F.log_softmax(precise(each) / self._taught, dim=-1) for each in logits]
-        return self._taught * _log_mean(softened, weights)
+        softened = [F.log_softmax(precise(each) / self.taught_temperature, dim=-1) for each in logits]
+        return self.taught_temperature * _log_mean(softened, weights)
 
     def merged_labels(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """As `merged_classes`, of the probability of each yes: (...) -> (...)."""
@@ -157,10 +168,10 @@ class Divergence:
             return logits[0]
         if self._kind.of_logits:
             return self.merged_numbers(logits, weights)
-        softened = [precise(each) / self._taught for each in logits]
+        softened = [precise(each) / self.taught_temperature for each in logits]
         yes = _log_mean([F.logsigmoid(each) for each in softened], weights)
         no = _log_mean([F.logsigmoid(-each) for each in softened], weights)
-        return self._taught * (yes - no)
+        return self.taught_temperature * (yes - no)
 
     def merged_numbers(self, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The weighted mean. Each (...) -> (...)."""
@@ -190,10 +201,11 @@ class Divergence:
         return DIVERGENCES[self.name]
 
     def _softened(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        return precise(student) / self.temperature, precise(teacher) / self._taught
+        return precise(student) / self.temperature, precise(teacher) / self.taught_temperature
 
     @property
-    def _taught(self) -> float:
+    def taught_temperature(self) -> float:
+        """Of the teacher's distribution."""
         return self.temperature if self.teacher_temperature is None else self.teacher_temperature
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:

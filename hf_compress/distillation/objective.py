@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from hf_compress.distillation.cache.cells import OUTPUTS
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.tasks.heads import Head
 from hf_compress.distillation.tasks.task import Sums, Task
@@ -58,7 +59,7 @@ class Objective:
         """
         task = self._task_of(model, batch)
         features = self.head.inputs(_unwrapped(model), batch)
-        outputs = model(**features)
+        outputs = model(**{name: value for name, value in features.items() if name != OUTPUTS})
         with self._autocast():
             taught = [teacher(features) for teacher in self._teachers]
         sums = task.sums(

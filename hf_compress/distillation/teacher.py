@@ -83,7 +83,7 @@ def check_pair(student: nn.Module, teacher: nn.Module, processing: Any = None) -
     tokens = None
     if head.reads_text or head.writes_text:
         tokens = vocabulary_classes(
-            _vocabulary(ours), _vocabulary(theirs), processing, theirs.name_or_path
+            vocabulary_size(ours), vocabulary_size(theirs), processing, theirs.name_or_path
         )
     if head.predicts_labels:
         return label_classes(ours.id2label, theirs.id2label)
@@ -98,7 +98,8 @@ def _check_equal(what: str, unit: str, ours: Any, theirs: Any) -> None:
         )
 
 
-def _vocabulary(config: Any) -> int | None:
+def vocabulary_size(config: Any) -> int | None:
+    """Of what a model with this config writes, or else reads; None for one without text."""
     text = config.get_text_config(decoder=True)
     # Marian may write with another vocabulary than it reads with.
     return getattr(text, "decoder_vocab_size", None) or getattr(text, "vocab_size", None)

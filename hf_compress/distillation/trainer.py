@@ -18,16 +18,20 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_compress.constraint import torch_optimizer
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
+from hf_compress.distillation.cache.cells import OUTPUTS
+from hf_compress.distillation.cache.collator import CachedCollator
+from hf_compress.distillation.cache.teacher import CachedTeacher, common_origin
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.features.presets import as_matches
 from hf_compress.distillation.objective import Objective, mixed
 from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance_of
-from hf_compress.distillation.tasks.heads import head_of
+from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.distillation.tasks.task import Sums
-from hf_compress.distillation.teachers import ask, normalized
+from hf_compress.distillation.teachers import Teacher, ask, normalized
 from hf_compress.distillation.unsupported import refuse_unsupported
 from hf_compress.frozen import snapshot
+from hf_compress.targets import without_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -92,23 +96,34 @@ class DistillationMixin(Trainer):
             self.model_accepts_loss_kwargs = True
         refuse_unsupported(self)
         head = head_of(self.model)
-        self.teachers, asked = ask(
-            given,
-            self.model,
-            head,
-            bits=teacher_bits,
-            device=self.args.device,
-            processing=self.processing_class,
-        )
+        self.teachers: list[nn.Module] = []
+        asked: list[Teacher]
+        if given == ["cached"]:
+            asked = [self._use_cache(head, teacher_bits)]
+        else:
+            self.teachers, asked = ask(
+                given,
+                self.model,
+                head,
+                bits=teacher_bits,
+                device=self.args.device,
+                processing=self.processing_class,
+            )
         weights = normalized(teacher_weights, len(given))
         self.objective = Objective(head, asked, weights, self.accelerator.autocast)
         # The one model that answers as it stands: not one of several, nor one under adapters.
-        self.teacher = self.teachers[0] if len(given) == 1 and given[0] != "base" else None
+        self.teacher = self.teachers[0] if len(self.teachers) == 1 and given[0] != "base" else None
         compared = as_matches(matches)
         if compared and self.teacher is None:
-            raise ValueError("`matches` need one teacher of its own layers, not 'base' or several.")
+            raise ValueError(
+                "`matches` need one teacher of its own layers, not 'base', 'cached' or several."
+            )
         self.matching = FeatureMatching(
-            self.model, self.teachers[0], compared, device=self.args.device, seed=self.args.seed
+            self.model,
+            self.teacher or self.model,
+            compared,
+            device=self.args.device,
+            seed=self.args.seed,
         )
         if self.matching.projections.weights and self.is_fsdp_enabled:
             raise NotImplementedError(
@@ -120,6 +135,23 @@ class DistillationMixin(Trainer):
         # A copy of the student agrees with it until the student moves: that is no mistake.
         self._teacher_differs = from_student
         self._attach_callbacks()
+
+    def _use_cache(self, head: Head, bits: int | None) -> Teacher:
+        if bits is not None:
+            raise ValueError(
+                f"teacher='cached' is as precise as it was when it was asked: leave out `teacher_bits` "
+                f"({bits}), and pass precompute_teacher(bits=...)."
+            )
+        origin = common_origin([self.train_dataset, self.eval_dataset])
+        inputs: Any = without_adapters(self.model)
+        self.data_collator = CachedCollator(self.data_collator, origin, inputs.main_input_name)
+        return CachedTeacher(self.model, head, origin)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if OUTPUTS not in columns:
+            columns.append(OUTPUTS)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.losses import squared_error
+from hf_compress.distillation.shortlist import Shortlist
+from hf_compress.distillation.tasks.items import ItemAnswers
 from hf_compress.distillation.tasks.task import Batch, Sums
 
 IGNORED = -100
@@ -22,15 +24,15 @@ class Answer:
     """What an item is answered with: one of several classes, yes or no, or a number.
 
     loss: the task's own loss, (items, ...) logits and (items,) labels -> (items,);
-    distance: divergence, student logits, teacher logits -> (items,);
+    distance: divergence, student logits, teacher logits (of a class also a shortlist) -> (items,);
     merge: divergence, logits of several teachers, their weights -> logits as of one;
     agrees: student logits, teacher logits -> (items,) bool; None where it means nothing.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
-    distance: Callable[[Divergence, Tensor, Tensor], Tensor]
-    merge: Callable[[Divergence, Sequence[Tensor], Sequence[float]], Tensor]
-    agrees: Callable[[Tensor, Tensor], Tensor] | None
+    distance: Callable[[Divergence, Tensor, Any], Tensor]
+    merge: Callable[[Divergence, Sequence[Any], Sequence[float]], Any]
+    agrees: Callable[[Tensor, Any], Tensor] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Labelled:
         labels = self.labels(batch)[:rows]
         counts = self._counts(labels)
         ours = self._counted("student", student, counts)
-        all_theirs = [self._counted("teacher", each, counts).to(ours.device) for each in teachers]
+        all_theirs = [self._taught(each, counts).to(ours.device) for each in teachers]
         theirs = self.answer.merge(divergence, all_theirs, weights)
         # Classes behind the last of the teacher are padding of the vocabulary.
         compared = ours[..., : theirs.shape[-1]]
@@ -80,10 +82,20 @@ class Labelled:
             agreement=torch.zeros_like(items) if agrees is None else agrees(compared, theirs).sum(),
         )
 
+    def items_of(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The logits (items, ...) of all items of `batch`, and (rows,) how many each row has."""
+        counts = self._counts(self.labels(batch))
+        return self._counted("teacher", output, counts), counts.flatten(1).sum(1)
+
     def _counts(self, labels: Tensor) -> Tensor:
         if self.ignored is None:
             return torch.ones_like(labels, dtype=torch.bool)
         return labels != self.ignored
+
+    def _taught(self, output: Any, counts: Tensor) -> Tensor | Shortlist:
+        if isinstance(output, ItemAnswers):
+            return output.to_items(counts, self.name)
+        return self._counted("teacher", output, counts)
 
     def _counted(self, who: str, output: Any, counts: Tensor) -> Tensor:
         logits = self.logits(output)[: len(counts)]
@@ -104,8 +116,15 @@ def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
 
 
-def _same_class(student: Tensor, teacher: Tensor) -> Tensor:
-    return student.argmax(-1) == teacher.argmax(-1)
+def _between_classes(divergence: Divergence, student: Tensor, teacher: Tensor | Shortlist) -> Tensor:
+    if isinstance(teacher, Shortlist):
+        return teacher.distance(divergence, student)
+    return divergence.between_classes(student, teacher)
+
+
+def _same_class(student: Tensor, teacher: Tensor | Shortlist) -> Tensor:
+    best = teacher.best if isinstance(teacher, Shortlist) else teacher.argmax(-1)
+    return student.argmax(-1) == best
 
 
 def _same_sign(student: Tensor, teacher: Tensor) -> Tensor:
@@ -114,7 +133,7 @@ def _same_sign(student: Tensor, teacher: Tensor) -> Tensor:
 
 CLASS = Answer(
     loss=_cross_entropy,
-    distance=Divergence.between_classes,
+    distance=_between_classes,
     merge=Divergence.merged_classes,
     agrees=_same_class,
 )

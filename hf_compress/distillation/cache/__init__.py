@@ -1,0 +1,1 @@
+"""A teacher asked once: its answers travel as a column of the dataset."""

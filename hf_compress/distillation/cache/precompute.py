@@ -1,0 +1,229 @@
+"""Ask the teacher once about every row, and keep its answers beside the rows."""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Dataset, Features, Value, concatenate_datasets
+from torch import nn
+from transformers import (
+    AutoConfig,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    SequenceFeatureExtractor,
+    default_data_collator,
+)
+
+from hf_compress.distillation.cache.answers import Keeping
+from hf_compress.distillation.cache.asking import Asking, Collate
+from hf_compress.distillation.cache.cells import OUTPUTS, Origin
+from hf_compress.distillation.cache.keys import answers_tokens, fingerprint
+from hf_compress.distillation.divergences import Divergence
+from hf_compress.distillation.tasks.heads import HEADS, Head, head_of
+from hf_compress.distillation.teacher import accepted_inputs, load_teacher, vocabulary_size
+from hf_compress.frozen import evaluating
+from hf_compress.targets import without_adapters
+
+WHAT = ("logits", "topk", "sampled")
+_BYTES = 90  # of a token's answer, which leaves room for what each row says of itself
+
+
+def precompute_teacher(
+    dataset: Dataset,
+    teacher: nn.Module | str,
+    *,
+    what: str | None = None,
+    data_collator: Collate | None = None,
+    processing_class: Any = None,
+    batch_size: int = 8,
+    size: int | None = None,
+    temperature: float = 2.0,
+    dtype: torch.dtype | None = None,
+    bits: int | None = None,
+    vocabulary: int | None = None,
+    remove_unused_columns: bool = True,
+    folder: str | Path | None = None,
+    rows_per_file: int = 1000,
+    seed: int = 0,
+) -> Dataset:
+    """`dataset` with the teacher's answers in a column, for `DistillationTrainer(teacher="cached")`.
+
+    Every row is asked about as the training will show it, so give the collator or the processing class
+    of the training, and tokenize and truncate before. The answers may then be shuffled, split and saved
+    with their rows; a row whose input has become another is refused in training.
+
+    teacher: a model with a head that is known, where it is, or a path or hub id. bits: 8 or 4 loads it
+        through bitsandbytes.
+    what: "logits": all of them, so that the training is the one with the teacher beside it; the default
+            where there are few classes.
+        "sampled": of each token a few classes that were drawn, from which forward and skewed KL are
+            estimated without bias (papers/2503.16870); the default for language models.
+        "topk": of each token the most probable classes, and the probability of the others together: for
+            any divergence of probabilities, but nothing is learnt about the others.
+    size: classes of "topk" and "sampled", in [1, classes); by default as many as 90 bytes a token hold.
+    temperature: the training's, for "topk" and "sampled", which know the teacher at this one only.
+    dtype: of what is kept; by default as computed, and float16 for "topk" and "sampled".
+    vocabulary: compare the first so many tokens only: for a student of a vocabulary padded otherwise.
+    data_collator, processing_class, remove_unused_columns: as of Trainer.
+    folder: for files of `rows_per_file` rows; by default in the cache of datasets. What is there
+        already is not computed again, so an interrupted call goes on. Several processes share the work.
+    seed: of what is drawn.
+
+    Raises TypeError for anything but a `datasets.Dataset`, ValueError for settings that do not fit, for
+    rows without labels where these choose tokens, and for a collator that draws at random.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`dataset` is a {type(dataset).__name__}: pass a datasets.Dataset, one split at a time."
+        )
+    model, head = _loaded(teacher, bits)
+    keeping = _keeping(
+        model,
+        head,
+        what=what,
+        size=size,
+        temperature=temperature,
+        dtype=dtype,
+        vocabulary=vocabulary,
+        seed=seed,
+    )
+    columns = dataset.column_names
+    if remove_unused_columns:
+        known = {*accepted_inputs(model, dataset.features), *head.labels, "label", "label_ids"}
+        columns = [name for name in columns if name in known]
+    asking = Asking(
+        model=model,
+        head=head,
+        collate=data_collator or _default_collator(processing_class),
+        columns=columns,
+        keeping=keeping,
+        origin=_origin(model, head, keeping, bits),
+    )
+    return _in_files(dataset, asking, batch_size, folder, rows_per_file)
+
+
+def _in_files(
+    dataset: Dataset, asking: Asking, batch_size: int, folder: str | Path | None, rows_per_file: int
+) -> Dataset:
+    identity = f"{asking.identity(dataset, min(batch_size, len(dataset)))} {rows_per_file}"
+    name = blake2b(identity.encode(), digest_size=8).hexdigest()
+    parent = Path(datasets.config.HF_DATASETS_CACHE) / "hf_compress" if folder is None else Path(folder)
+    place = parent / f"teacher-{name}"
+    place.mkdir(parents=True, exist_ok=True)
+    files = math.ceil(len(dataset) / rows_per_file)
+
+    def file(number: int) -> Dataset:
+        start = number * rows_per_file
+        part = dataset.select(range(start, min(start + rows_per_file, len(dataset))))
+        return part.map(
+            lambda _, rows: asking.answers(part, rows),
+            with_indices=True,
+            batched=True,
+            batch_size=batch_size,
+            writer_batch_size=batch_size,
+            features=Features({**part.features, OUTPUTS: Value("large_binary")}),
+            cache_file_name=str(place / f"{number:05d}.arrow"),
+            load_from_cache_file=True,
+            new_fingerprint=f"{name}{number:05d}",
+            desc=f"Teacher, file {number + 1} of {files}",
+        )
+
+    state = PartialState()
+    with evaluating(asking.model):
+        for number in range(state.process_index, files, state.num_processes):
+            file(number)
+        state.wait_for_everyone()
+        return concatenate_datasets([file(number) for number in range(files)])
+
+
+def _loaded(teacher: nn.Module | str, bits: int | None) -> tuple[nn.Module, Head]:
+    if not isinstance(teacher, str):
+        if bits is None and isinstance(teacher, nn.Module):
+            return teacher, head_of(teacher)
+        head = head_of(teacher)
+    else:
+        architectures = AutoConfig.from_pretrained(teacher).architectures or []
+        heads = [head for head in HEADS if head.class_names.intersection(architectures)]
+        if not heads:
+            raise ValueError(
+                f"The teacher {teacher!r} was saved as {', '.join(architectures) or 'an unknown class'}"
+                ", whose head is not known. Pass the model itself, with a head that is."
+            )
+        head = heads[0]
+    model = load_teacher(teacher, head, bits=bits, device=PartialState().device)
+    return model, head_of(model)
+
+
+def _keeping(
+    model: nn.Module,
+    head: Head,
+    *,
+    what: str | None,
+    size: int | None,
+    temperature: float,
+    dtype: torch.dtype | None,
+    vocabulary: int | None,
+    seed: int,
+) -> Keeping:
+    many = head.writes_text and answers_tokens(head)
+    what = what or ("sampled" if many else "logits")
+    if what not in WHAT:
+        raise ValueError(f"`what` is {what!r}: pass one of {', '.join(map(repr, WHAT))}.")
+    if vocabulary is not None and not many:
+        raise ValueError(f"`vocabulary` is {vocabulary}, but {head.name} answers with no tokens.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"`dtype` is {dtype}: pass a float type, such as torch.bfloat16.")
+    if what == "logits":
+        if size is not None:
+            raise ValueError(f"`size` is {size}, but all logits are kept: pass `what`.")
+        return Keeping(what=what, size=None, temperature=None, dtype=dtype, classes=vocabulary, seed=0)
+    if not answers_tokens(head):
+        raise ValueError(f"`what` is {what!r}, but of {head.name} all logits are kept: 'logits'.")
+    Divergence(temperature=temperature)  # raises ValueError where it is out of range
+    if size is None:
+        classes = vocabulary or vocabulary_size(without_adapters(model).config) or 0
+        size = min(_BYTES // (4 if classes <= 1 << 16 else 5), classes - 1)
+    return Keeping(
+        what=what,
+        size=size,
+        temperature=float(temperature),
+        dtype=dtype,
+        classes=vocabulary,
+        seed=seed if what == "sampled" else 0,
+    )
+
+
+def _origin(model: nn.Module, head: Head, keeping: Keeping, bits: int | None) -> Origin:
+    config = without_adapters(model).config
+    labels, classes = None, None
+    if head.predicts_labels:
+        classes = config.num_labels
+        labels = tuple(config.id2label[i] for i in range(classes))
+    elif head.writes_text:
+        classes = keeping.classes or vocabulary_size(config)
+    return Origin(
+        what=keeping.what,
+        head=head.name,
+        teacher=fingerprint(model),
+        precision=f"{bits} bit" if bits else str(next(model.parameters()).dtype).removeprefix("torch."),
+        name=config.name_or_path,
+        classes=classes,
+        cut=keeping.classes is not None,
+        labels=labels,
+        same=tuple(getattr(config, name, None) for name in head.same),
+        temperature=keeping.temperature,
+    )
+
+
+def _default_collator(processing: Any) -> Collate:
+    """As Trainer chooses it."""
+    padding: Any = processing
+    if isinstance(processing, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
+        return DataCollatorWithPadding(padding)
+    return default_data_collator
