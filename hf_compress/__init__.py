@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hf_compress.callbacks.structured import StructuredPruningCallback
     from hf_compress.constraint import constrain
     from hf_compress.distillation.arguments import DistillationArguments
-    from hf_compress.distillation.features.match import Match
     from hf_compress.distillation.cache.precompute import precompute_teacher
+    from hf_compress.distillation.features.match import Match
     from hf_compress.distillation.layers import init_student
     from hf_compress.distillation.trainer import DistillationMixin, DistillationTrainer
     from hf_compress.pruning.lora import merge_under_mask_
