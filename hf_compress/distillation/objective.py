@@ -58,10 +58,11 @@ class Objective:
         Raises ValueError for a batch without labels, or with labels that do not fit the outputs.
         """
         task = self._task_of(model, batch)
-        features = self.head.inputs(_unwrapped(model), batch)
-        outputs = model(**{name: value for name, value in features.items() if name != OUTPUTS})
+        asked = self.head.inputs(_unwrapped(model), batch)
+        features = {name: value for name, value in asked.items() if name != OUTPUTS}
+        outputs = model(**features)
         with self._autocast():
-            taught = [teacher(features) for teacher in self._teachers]
+            taught = [teacher(asked) for teacher in self._teachers]
         sums = task.sums(
             outputs, taught, batch, divergence=divergence, weights=self._weights, rows=rows
         )
