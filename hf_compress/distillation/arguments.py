@@ -54,9 +54,17 @@ class DistillationArgumentsMixin:
             "second, in [0, 1); by default 0.1."
         },
     )
+    chunk_size: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Of language models, how many tokens have logits at one time: a number, 'auto' for "
+            "memory that does not grow with the vocabulary, 'none' for the logits of the whole batch."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.make_divergence()  # raises ValueError where its settings are wrong
+        self.chunk_size = _as_chunk_size(self.chunk_size)
         if not 0 <= self.alpha <= 1:
             raise ValueError(
                 f"`alpha` must be in [0, 1], got {self.alpha}. It is the weight of the distillation "
@@ -78,3 +86,15 @@ class DistillationArgumentsMixin:
 @dataclass
 class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
     """`TrainingArguments` for `DistillationTrainer`."""
+
+
+def _as_chunk_size(given: int | str | None) -> int | str | None:
+    if given is None or given == "none":
+        return None
+    if given == "auto":
+        return given
+    if str(given).isdecimal() and int(given) > 0:  # a command line gives words
+        return int(given)
+    raise ValueError(
+        f"`chunk_size` is {given!r}: pass a number of tokens, 'auto', or None for whole logits."
+    )

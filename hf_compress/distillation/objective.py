@@ -11,6 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from hf_compress.distillation.cache.cells import OUTPUTS
+from hf_compress.distillation.chunking import Chunking
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.tasks.heads import Head
 from hf_compress.distillation.tasks.task import Sums, Task
@@ -31,12 +32,14 @@ class Objective:
         teachers: Sequence[Teacher],
         weights: Sequence[float],
         autocast: Callable[[], AbstractContextManager],
+        chunk_size: int | str | None = None,
     ) -> None:
         self.head = head
         self.task: Task | None = None
         self._teachers = tuple(teachers)
         self._weights = tuple(weights)
         self._autocast = autocast
+        self._chunking = Chunking(teachers, weights, autocast, chunk_size)
 
     def items(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], device: Any) -> Tensor:
         """The number of items in all of `batches`, shaped as `Sums.items`."""
@@ -45,21 +48,34 @@ class Objective:
             items = items + self._task_of(model, batch).count(batch).to(device)
         return items
 
+    def prepare(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Sees how the models make their logits, before anything is taken down in their forwards."""
+        task = self._task_of(model, batch)
+        features = _without_answers(self.head.inputs(_unwrapped(model), batch))
+        self._chunking.takes(model, features, task, batch)
+
     def sums(
         self,
         model: nn.Module,
         batch: Mapping[str, Any],
         *,
         divergence: Divergence,
+        alpha: float,
         rows: int | None = None,
+        logits: bool = False,
     ) -> tuple[Sums, Any]:
-        """The totals over the first `rows` rows of `batch` (None: all), and the student's outputs.
+        """The totals over the first `rows` rows of `batch` (None: all), to be `mixed` by `alpha`, and
+        the student's outputs, which may lack the `logits` where these are not asked for.
 
         Raises ValueError for a batch without labels, or with labels that do not fit the outputs.
         """
         task = self._task_of(model, batch)
         asked = self.head.inputs(_unwrapped(model), batch)
-        features = {name: value for name, value in asked.items() if name != OUTPUTS}
+        features = _without_answers(asked)
+        if not logits and self._chunking.takes(model, features, task, batch):
+            return self._chunking.sums(
+                model, features, task, batch, divergence=divergence, alpha=alpha, rows=rows
+            )
         outputs = model(**features)
         with self._autocast():
             taught = [teacher(asked) for teacher in self._teachers]
@@ -94,3 +110,8 @@ def mixed(sums: Sums, items: Tensor, alpha: float) -> Tensor:
 
 def _unwrapped(model: nn.Module) -> Any:
     return without_adapters(extract_model_from_parallel(model, keep_torch_compile=False))
+
+
+def _without_answers(features: Mapping[str, Any]) -> dict[str, Any]:
+    """What the student is given, where the batch brings a cached teacher's answers along."""
+    return {name: value for name, value in features.items() if name != OUTPUTS}

@@ -29,12 +29,12 @@ class FrozenTeacher:
     """
 
     def __init__(self, model: nn.Module, classes: Classes | None = None) -> None:
-        self._model = model
-        self._classes = classes
+        self.model = model
+        self.classes = classes
 
     @torch.no_grad()
     def __call__(self, features: Mapping[str, Any]) -> Any:
-        return _answer(self._model, features, self._classes)
+        return _answer(self.model, features, self.classes)
 
 
 class BaseTeacher:
@@ -49,16 +49,16 @@ class BaseTeacher:
                 f"teacher='base' is the model under the adapters of the student, but "
                 f"{type(student).__name__} has none. Pass teacher='self' for a copy of it as it is now."
             )
-        self._student: Any = student
-        self._classes = classes
+        self.model: Any = student
+        self.classes = classes
 
     @torch.no_grad()
     def __call__(self, features: Mapping[str, Any]) -> Any:
-        base = without_adapters(self._student)
-        trained = [(parameter, parameter.requires_grad) for parameter in self._student.parameters()]
+        base = without_adapters(self.model)
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            with evaluating(self._student), self._student.disable_adapter():
-                return _answer(base, features, self._classes)
+            with evaluating(self.model), self.model.disable_adapter():
+                return _answer(base, features, self.classes)
         finally:
             # peft freezes what it switches off, and afterwards thaws all of it.
             for parameter, trains in trained:

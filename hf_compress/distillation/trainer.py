@@ -110,7 +110,9 @@ class DistillationMixin(Trainer):
                 processing=self.processing_class,
             )
         weights = normalized(teacher_weights, len(given))
-        self.objective = Objective(head, asked, weights, self.accelerator.autocast)
+        self.objective = Objective(
+            head, asked, weights, self.accelerator.autocast, self.args.chunk_size
+        )
         # The one model that answers as it stands: not one of several, nor one under adapters.
         self.teacher = self.teachers[0] if len(self.teachers) == 1 and given[0] != "base" else None
         compared = as_matches(matches)
@@ -134,6 +136,7 @@ class DistillationMixin(Trainer):
         self._eval_sums = self._no_sums()
         # A copy of the student agrees with it until the student moves: that is no mistake.
         self._teacher_differs = from_student
+        self._loss_only = False
         self._attach_callbacks()
 
     def _use_cache(self, head: Head, bits: int | None) -> Teacher:
@@ -173,13 +176,16 @@ class DistillationMixin(Trainer):
         In training the sum over the items here divided by `num_items_in_batch`, times the number of
         processes, over which the gradients are averaged. In evaluation the mean over the items here.
         """
+        self.objective.prepare(model, inputs)
         if model.training:
             self.matching.start(self.model)
         sums, outputs = self.objective.sums(
             model,
             inputs,
             divergence=self.args.make_divergence(),
+            alpha=self.args.alpha,
             rows=None if model.training else self._real_rows(inputs),
+            logits=return_outputs and not self._loss_only,
         )
         if model.training and num_items_in_batch is not None:
             items = torch.as_tensor(num_items_in_batch, device=sums.items.device)
@@ -232,7 +238,12 @@ class DistillationMixin(Trainer):
             raise ValueError("The rows have no label that counts: pass more `rows`.")
         for batch in placed:
             with self.accelerator.autocast():
-                sums, _ = self.objective.sums(self.model, batch, divergence=self.args.make_divergence())
+                sums, _ = self.objective.sums(
+                    self.model,
+                    batch,
+                    divergence=self.args.make_divergence(),
+                    alpha=self.args.alpha,
+                )
             yield mixed(sums, items.to(sums.items.device), self.args.alpha)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -276,6 +287,7 @@ class DistillationMixin(Trainer):
     ) -> tuple[Any, Any, Any]:
         """As the Trainer below does, but for one that generates, which asks the model for its loss."""
         seen = self._eval_sums
+        self._loss_only = prediction_loss_only
         loss, predictions, labels = super().prediction_step(
             model, inputs, prediction_loss_only, ignore_keys, **generation
         )

@@ -1,0 +1,191 @@
+"""When the loss is computed without the logits, and how the forwards of the models make way for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.other import is_compiled_module
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_compress.distillation.alignment import Classes
+from hf_compress.distillation.chunked import chunked_sums
+from hf_compress.distillation.divergences import Divergence
+from hf_compress.distillation.output_layer import OutputLayer
+from hf_compress.distillation.tap import CannotTap, Tap, check_layer, tap
+from hf_compress.distillation.tasks.labelled import IGNORED, Labelled
+from hf_compress.distillation.tasks.task import Batch, Sums, Task
+from hf_compress.distillation.teachers import BaseTeacher, FrozenTeacher, Teacher
+from hf_compress.targets import without_adapters
+
+logger = logging.getLogger(__name__)
+
+LOGITS = 2**23
+"""How many logits of one model "auto" holds at a time, 32 MiB: of 32k classes those of 256 items."""
+
+
+_Model = FrozenTeacher | BaseTeacher
+
+
+class Chunking:
+    """The loss of language models from their hidden states, wherever that is possible.
+
+    chunk_size: how many items have logits at one time; "auto": `LOGITS` by the size of the vocabulary,
+    and batches of no more than that are left whole; None: all are.
+
+    The student's loss is computed within its forward, in a hook on its output layer, and is an output
+    of the model that DDP or FSDP2 has wrapped: they see every use of its weights.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        weights: Sequence[float],
+        autocast: Callable[[], AbstractContextManager],
+        chunk_size: int | str | None,
+    ) -> None:
+        self._teachers = tuple(teachers)
+        self._weights = tuple(weights)
+        self._autocast = autocast
+        self._chunk_size = chunk_size
+        self._taps: tuple[Tap, list[tuple[_Model, Tap]]] | None = None
+        self._impossible = chunk_size is None
+
+    def takes(self, model: nn.Module, features: Mapping[str, Any], task: Task, batch: Batch) -> bool:
+        """Whether `sums` can do without the logits of `batch`, and it is worth it.
+
+        The first time it may run the models, in evaluation mode, to see how they make their logits. Why
+        these cannot be left out is logged, once.
+        """
+        if self._impossible:
+            return False
+        try:
+            if not isinstance(task, Labelled):
+                raise CannotTap(f"{task.name} needs them")
+            head = _output_layer(model)
+            if self._chunk_size == "auto":
+                whole = task.labels(batch).numel() * head.out_features
+                # Where weights are sharded all processes must do the same.
+                if whole <= LOGITS and not any(_is_sharded(each) for each in self._models(model)):
+                    return False
+            if self._taps is None:
+                self._taps = self._find(model, features)
+        except CannotTap as reason:
+            self._impossible = True
+            level = logging.INFO if self._chunk_size == "auto" else logging.WARNING
+            logger.log(level, "The logits are held whole, not in chunks: %s.", reason)
+        return not self._impossible
+
+    def sums(
+        self,
+        model: nn.Module,
+        features: Mapping[str, Any],
+        task: Task,
+        batch: Batch,
+        *,
+        divergence: Divergence,
+        alpha: float,
+        rows: int | None = None,
+    ) -> tuple[Sums, Any]:
+        """The totals as of `task.sums`, to be mixed by `alpha`, and the output of the student, whose
+        logits are of no position. Only of what it `takes`."""
+        assert self._taps is not None
+        assert isinstance(task, Labelled)
+        ours, teachers = self._taps
+        labels = task.labels(batch)[:rows]
+
+        def of_labels(hidden: Tensor) -> Tensor:
+            # Hidden states stand where their logits would.
+            return task.logits(SimpleNamespace(logits=hidden))[:rows]
+
+        states: list[Tensor] = []
+        with self._autocast():
+            for teacher, theirs in teachers:
+                with theirs.taking(lambda hidden: states.append(of_labels(hidden))):
+                    teacher(features)
+        answers: list[Sums] = []
+
+        def answer(hidden: Tensor) -> None:
+            layers = [_cut(theirs.layer(), teacher.classes) for teacher, theirs in teachers]
+            sums = chunked_sums(
+                of_labels(hidden),
+                ours.layer(),
+                list(zip(states, layers, strict=True)),
+                labels,
+                labels != IGNORED,
+                divergence=divergence,
+                alpha=alpha,
+                chunk_size=self._items_of(ours.head.out_features),
+                weights=self._weights,
+            )
+            answers.append(sums)
+
+        with ours.taking(answer), _returning(_unwrapped(model), answers):
+            output, sums = model(**features)
+        return sums, output
+
+    def _items_of(self, classes: int) -> int:
+        if isinstance(self._chunk_size, int):
+            return self._chunk_size
+        return max(1, LOGITS // classes)
+
+    def _find(
+        self, model: nn.Module, features: Mapping[str, Any]
+    ) -> tuple[Tap, list[tuple[_Model, Tap]]]:
+        if "labels" in features:
+            raise CannotTap("the model itself is given the labels, and makes a loss of its logits")
+        student = _unwrapped(model)
+        with self._autocast():
+            theirs = [_tapped(teacher, features) for teacher in self._teachers]
+            return tap(student, lambda: student(**features)), theirs
+
+    def _models(self, student: nn.Module) -> list[nn.Module]:
+        return [student, *(each.model for each in self._teachers if isinstance(each, _Model))]
+
+
+def _tapped(teacher: Teacher, features: Mapping[str, Any]) -> tuple[_Model, Tap]:
+    if not isinstance(teacher, _Model):
+        raise CannotTap("the teacher's answers were kept, but not its hidden states")
+    return teacher, tap(teacher.model, lambda: teacher(features))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(each, DTensor) for each in model.parameters())
+
+
+def _output_layer(model: nn.Module) -> nn.Linear:
+    if is_compiled_module(model) or is_compiled_module(extract_model_from_parallel(model)):
+        raise CannotTap("hooks come and go, which a compiled model does not see")
+    return check_layer(without_adapters(_unwrapped(model)).get_output_embeddings())
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _cut(layer: OutputLayer, classes: Classes | None) -> OutputLayer:
+    if classes is None:
+        return layer
+    bias = None if layer.bias is None else layer.bias[classes]
+    return replace(layer, weight=layer.weight[classes], bias=bias)
+
+
+@contextmanager
+def _returning(model: nn.Module, answers: list[Sums]) -> Iterator[None]:
+    """A forward of `model` returns (its output, the last of `answers`)."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> tuple[Any, Sums]:
+        return output, answers.pop()
+
+    # Before the hook of FSDP2, which looks for what gradients will come from.
+    handle = model.register_forward_hook(after, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
