@@ -102,6 +102,11 @@ class QuantizationCallback(ConstrainingCallback):
     def finished(self) -> bool:
         return self._quantizer.finished
 
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether the model now rounds the inputs of its layers, after the training too."""
+        return self._inputs is not None
+
     def measurements(self) -> dict[str, float]:
         bits = self._quantizer.width
         if bits is None:

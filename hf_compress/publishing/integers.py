@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from hf_compress.publishing.audit import Audit, audit, count_tensor
-from hf_compress.publishing.naming import written_as
 from hf_compress.publishing.pictures import CODES, draw_codes
 from hf_compress.quantization.analysis import WeightAnalysis
 from hf_compress.quantization.grids import Grid, GroupSize, dequantize, grouped, quantize
@@ -111,12 +111,14 @@ def inspect_integers(
         return audit(folder, targets=targets), part
     stored = audit(folder)
     tensors = dict(stored.tensors)
-    for name, (written,) in written_as(model, grids).items():
-        layer = written.removesuffix("weight")
-        keys = [key for key in tensors if key.startswith((f"{layer}weight", f"{layer}_weight_"))]
-        size = sum(tensors.pop(key).bytes for key in keys)
-        counted = count_tensor(opened[name].weight)
-        tensors[written] = replace(counted, dtype=f"int{grids[name].bits}", bytes=size)
+    for name, grid in grids.items():
+        # Experts are stacked in the model, and have files of their own.
+        for written, weight in revert_weight_conversion(model, {name: opened[name].weight}).items():
+            layer = written.removesuffix("weight")
+            keys = [key for key in tensors if key.startswith((f"{layer}weight", f"{layer}_weight_"))]
+            size = sum(tensors.pop(key).bytes for key in keys)
+            counted = count_tensor(weight)
+            tensors[written] = replace(counted, dtype=f"int{grid.bits}", bytes=size)
     return replace(stored, tensors=tensors, targets=tuple(targets)), part
 
 

@@ -35,6 +35,7 @@ from hf_compress.publishing.recipe import (
     Recipe,
     bits_of,
     grids_of,
+    input_grids_of,
     precision_of,
     recipe_of,
     teacher_of,
@@ -120,6 +121,7 @@ def publish(
             f"`format` is {format!r}, and no weights were trained on integer grids: publish after a "
             "training with a QuantizationCallback, or leave it out."
         )
+    input_grids = input_grids_of(trainer, format)
     on_main_process(lambda: check_target(folder))
     try:
         history = [] if trainer is None else list(trainer.state.log_history)
@@ -142,7 +144,7 @@ def publish(
         def write() -> None:
             place = workplace(folder)
             if grids:
-                save_quantized(model, place, grids=grids, format=format)
+                save_quantized(model, place, grids=grids, input_grids=input_grids, format=format)
             else:
                 model.save_pretrained(place)
             if processing_class is not None:

@@ -50,9 +50,13 @@ class Describes(Protocol):
 
 @runtime_checkable
 class TrainsOnGrids(Protocol):
-    """A callback that leaves weights on integer grids; `grids` tells which, by name of the weight."""
+    """A callback that leaves weights on integer grids; `grids` tells which, by name of the weight, and
+    `input_grids` fixed ones of the inputs of its layer. quantizes_inputs: whether the model now rounds
+    its inputs."""
 
     grids: dict[str, Grid]
+    input_grids: dict[str, Grid]
+    quantizes_inputs: bool
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -112,13 +116,28 @@ def recipe_of(trainer: Any | None) -> Recipe:
 
 def grids_of(trainer: Any | None) -> dict[str, Grid]:
     """The grids that the callbacks of a trainer left weights on, by name; none before the training."""
+    return {name: grid for callback in _on_grids(trainer) for name, grid in callback.grids.items()}
+
+
+def input_grids_of(trainer: Any | None, format: str) -> dict[str, Grid]:
+    """The grids on which the model rounds the inputs of its layers, by the name of the weight.
+
+    Raises ValueError where files of `format` could not tell them, so that the scores would be those of
+    another model.
+    """
+    rounding = [callback for callback in _on_grids(trainer) if callback.quantizes_inputs]
+    if any(format != "compressed-tensors" or not callback.input_grids for callback in rounding):
+        raise ValueError(
+            f"the model rounds the inputs of its layers, which files of format {format!r} do not tell: "
+            'with `calibration` pass `format="compressed-tensors"`. Or let it have float inputs, by '
+            "`remove_hooks()` of the QuantizationCallback, before it is evaluated here."
+        )
+    return {name: grid for callback in rounding for name, grid in callback.input_grids.items()}
+
+
+def _on_grids(trainer: Any | None) -> list[TrainsOnGrids]:
     callbacks = [] if trainer is None else trainer.callback_handler.callbacks
-    return {
-        name: grid
-        for callback in callbacks
-        if isinstance(callback, TrainsOnGrids)
-        for name, grid in callback.grids.items()
-    }
+    return [callback for callback in callbacks if isinstance(callback, TrainsOnGrids)]
 
 
 def teacher_of(trainer: Any | None) -> Any | None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from publishing.runs import IDS, read, score, settings
-from tiny import classification_rows, tiny_bert
-from transformers import Trainer
+from tiny import classification_rows, language_rows, tiny_bert, tiny_mixtral
+from transformers import AutoModelForSequenceClassification, Trainer
 
 from hf_compress import PruningCallback, QuantizationCallback, analyse, publish
 from hf_compress.publishing.integers import inspect_integers
@@ -110,6 +110,44 @@ def test_files_off_the_grid_are_refused(trained, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{name} is not on the grid that it was trained on"):
         inspect_integers(tmp_path, model, grids, format="dense", targets=[], baseline=None, chosen={})
+
+
+def test_experts_are_counted_one_by_one(tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    model = tiny_mixtral(layers=1)
+    run = settings(tmp_path / "run", steps=2)
+    callback = QuantizationCallback(4, group_size=16, grid="minmax")
+    trainer = Trainer(model, run, train_dataset=language_rows(), callbacks=[callback])
+    trainer.train()
+    batch = {"input_ids": IDS}
+    report = read(publish(trainer, folder=tmp_path / "out", format="compressed-tensors", inputs=batch))
+    assert report["compressed"]["parameters"] == model.num_parameters()
+    # In the files a matrix for each of the three projections of the four experts.
+    assert sum("experts" in name for name in report["audit"]["tensors"]) == 12
+
+
+def test_files_tell_the_grids_of_inputs_or_it_is_refused(tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    rows = classification_rows(16).remove_columns("labels").with_format("torch")
+    callback = QuantizationCallback(8, activations=8, calibration=[rows[:]], grid="minmax")
+    trainer = Trainer(
+        tiny_bert(),
+        settings(tmp_path / "run", steps=2),
+        train_dataset=classification_rows(),
+        eval_dataset=classification_rows(40, seed=1),
+        callbacks=[callback],
+    )
+    trainer.train()
+    with pytest.raises(ValueError, match="rounds the inputs.*'dense'.*`remove_hooks"):
+        publish(trainer, folder=tmp_path / "out")
+    publish(trainer, folder=tmp_path / "out", format="compressed-tensors")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        rounding = trainer.model.eval()(IDS).logits
+        assert loaded(IDS).logits.equal(rounding)
+        callback.remove_hooks()
+        assert not trainer.model(IDS).logits.equal(rounding)
+    publish(trainer, folder=tmp_path / "out")
 
 
 def test_a_format_needs_grids(tmp_path):
