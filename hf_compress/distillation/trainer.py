@@ -88,6 +88,7 @@ class DistillationMixin(Trainer):
             )
         given: list[Any] = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
         from_student = any(isinstance(each, str) and each in ("self", "base") for each in given)
+        self._cached = given == ["cached"]
         # Before any Trainer has wrapped or patched it.
         given = [_copy_of(model) if each == "self" else each for each in given]
         super().__init__(model, args, *others, **trainer_arguments)  # type: ignore[arg-type]
@@ -98,7 +99,7 @@ class DistillationMixin(Trainer):
         head = head_of(self.model)
         self.teachers: list[nn.Module] = []
         asked: list[Teacher]
-        if given == ["cached"]:
+        if self._cached:
             asked = [self._use_cache(head, teacher_bits)]
         else:
             self.teachers, asked = ask(
@@ -153,7 +154,7 @@ class DistillationMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if OUTPUTS not in columns:
+        if self._cached and OUTPUTS not in columns:
             columns.append(OUTPUTS)
 
     def get_batch_samples(
