@@ -156,7 +156,7 @@ class _Loss(torch.autograd.Function):
         ctx.wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
             sums, ctx.gradients = items.run(hidden, weight, bias, ctx.wanted)
-        task, distillation, agreement = sums.unbind()
+        task, distillation, agreement = (each.clone() for each in sums)
         ctx.mark_non_differentiable(agreement)
         return task, distillation, agreement
 
