@@ -79,6 +79,12 @@ class MaskingCallback(ConstrainingCallback):
         total = sum(mask.total for mask in self._masks)
         return {"sparsity": sum(mask.pruned for mask in self._masks) / max(total, 1)}
 
+    @property
+    def progress(self) -> float:
+        """The part in [0, 1] of the zeros asked that is there. They are counted as training begins."""
+        due = sum(mask.due for mask in self._masks)
+        return min(sum(mask.pruned for mask in self._masks) / due, 1.0) if due else 1.0
+
     def describe(self) -> dict[str, object]:
         return {
             "sparsity": dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity,

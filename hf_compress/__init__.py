@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_compress.callbacks.distillation import AnnealingCallback
     from hf_compress.callbacks.family import FamilyCallback
     from hf_compress.callbacks.pruning import PruningCallback
     from hf_compress.callbacks.quantization import QuantizationCallback
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AnnealingCallback": "hf_compress.callbacks.distillation",
     "DistillationArguments": "hf_compress.distillation.arguments",
     "DistillationMixin": "hf_compress.distillation.trainer",
     "DistillationTrainer": "hf_compress.distillation.trainer",
@@ -73,6 +75,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnnealingCallback",
     "DistillationArguments",
     "DistillationMixin",
     "DistillationTrainer",

@@ -129,8 +129,14 @@ class Schedule:
             return self.final
         if step < start:
             return self.initial
+        return self.along((step - start) / (end - start))
+
+    def along(self, progress: float) -> float:
+        """The value where `progress` in [0, 1] of the way is done, whenever that is."""
+        if progress >= 1:
+            return self.final
         shape = self.shape if callable(self.shape) else SHAPES[self.shape]
-        return self.initial + (self.final - self.initial) * shape((step - start) / (end - start))
+        return self.initial + (self.final - self.initial) * shape(progress)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from hf_compress.distillation.arguments import DistillationArgumentsMixin
 from hf_compress.distillation.cache.cells import OUTPUTS
 from hf_compress.distillation.cache.collator import CachedCollator
 from hf_compress.distillation.cache.teacher import CachedTeacher, common_origin
+from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.features.presets import as_matches
@@ -133,6 +135,7 @@ class DistillationMixin(Trainer):
                 "`matches` with a projection under FSDP: its optimizer saves parameters of the model "
                 "only. Use DDP, or match layers of equal width."
             )
+        self.annealed: Mapping[str, float] = {}  # `alpha` and `temperature` in place of those of `args`
         self._train_sums = self._no_sums()
         self._eval_sums = self._no_sums()
         # A copy of the student agrees with it until the student moves: that is no mistake.
@@ -180,23 +183,31 @@ class DistillationMixin(Trainer):
         self.objective.prepare(model, inputs)
         if model.training:
             self.matching.start(self.model)
+        alpha, divergence = self._mix(training=model.training)
         sums, outputs = self.objective.sums(
             model,
             inputs,
-            divergence=self.args.make_divergence(),
-            alpha=self.args.alpha,
+            divergence=divergence,
+            alpha=alpha,
             rows=None if model.training else self._real_rows(inputs),
             logits=return_outputs and not self._loss_only,
         )
         if model.training and num_items_in_batch is not None:
             items = torch.as_tensor(num_items_in_batch, device=sums.items.device)
-            loss = mixed(sums, items, self.args.alpha) * self.accelerator.num_processes
+            loss = mixed(sums, items, alpha) * self.accelerator.num_processes
         else:
-            loss = mixed(sums, sums.items, self.args.alpha)
+            loss = mixed(sums, sums.items, alpha)
         if model.training:
             loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
         self._record(sums, training=model.training)
         return (loss, outputs) if return_outputs else loss
+
+    def _mix(self, *, training: bool) -> tuple[float, Divergence]:
+        annealed = self.annealed if training else {}
+        divergence = self.args.make_divergence()
+        if "temperature" in annealed:
+            divergence = replace(divergence, temperature=annealed["temperature"])
+        return annealed.get("alpha", self.args.alpha), divergence
 
     def check_scaling(self, rows: int = 8) -> Scaling:
         """The loss and the norm of its gradient for the first `rows` rows of the train dataset, cut
@@ -272,11 +283,14 @@ class DistillationMixin(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer below does; nothing stays attached to the models."""
+        """As the Trainer below does; nothing stays attached to the models, or annealed."""
+        weights = dict(self.matching.weights)
         try:
             return super().train(*args, **kwargs)
         finally:
             self.matching.stop()
+            self.annealed = {}
+            self.matching.weights.update(weights)
 
     def prediction_step(
         self,
