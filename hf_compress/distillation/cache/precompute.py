@@ -82,6 +82,8 @@ def precompute_teacher(
         raise TypeError(
             f"`dataset` is a {type(dataset).__name__}: pass a datasets.Dataset, one split at a time."
         )
+    if not len(dataset):
+        raise ValueError("The dataset is empty: there is nothing to ask the teacher about.")
     model, head = _loaded(teacher, bits)
     keeping = _keeping(
         model,

@@ -26,7 +26,7 @@ class ItemAnswers:
         if self.counts[: len(expected)].tolist() != expected.tolist():
             raise ValueError(
                 f"{name}: the teacher answered to {self.counts.tolist()} items in the rows of a batch "
-                f"that has {expected.tolist()}. Collate as when it was asked, with padding on the right: "
-                "on the left it makes an item of the first token of each row that is padded."
+                f"that has {expected.tolist()}. Collate as when it was asked, with padding on the "
+                "right: on the left it makes an item of the first token of each row that is padded."
             )
         return self.values[: int(expected.sum())]
