@@ -136,12 +136,17 @@ def _in_files(
             desc=f"Teacher, file {number + 1} of {files}",
         )
 
-    state = PartialState()
+    state = _processes()
     with evaluating(asking.model):
         for number in range(state.process_index, files, state.num_processes):
             file(number)
         state.wait_for_everyone()
         return concatenate_datasets([file(number) for number in range(files)])
+
+
+def _processes() -> PartialState:
+    # Processes without accelerators find each other only where this is said.
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _loaded(teacher: nn.Module | str, bits: int | None) -> tuple[nn.Module, Head]:
@@ -158,7 +163,7 @@ def _loaded(teacher: nn.Module | str, bits: int | None) -> tuple[nn.Module, Head
                 ", whose head is not known. Pass the model itself, with a head that is."
             )
         head = heads[0]
-    model = load_teacher(teacher, head, bits=bits, device=PartialState().device)
+    model = load_teacher(teacher, head, bits=bits, device=_processes().device)
     return model, head_of(model)
 
 
