@@ -41,7 +41,7 @@ def chunked_sums(
     The gradient of (1 - alpha) * task + alpha * distillation is computed in the same pass, so that
     nothing is projected twice: mix the two sums by this same `alpha`, and use neither alone. Until the
     backward pass it takes the memory of the weight once more, in fp32 or better; beside that about
-    8 * chunk_size * classes numbers. There are no gradients of gradients.
+    6 * chunk_size * classes numbers. There are no gradients of gradients.
 
     Raises ValueError where shapes do not fit together, or `chunk_size` is not above 0.
     """
@@ -97,28 +97,37 @@ class _Items:
             torch.zeros_like(each, dtype=dtype) if want and each is not None else None
             for each, want in zip((hidden, weight, bias), wanted, strict=True)
         ]
-        to_hidden, to_weight, to_bias = gradients
         sums = torch.zeros(3, dtype=dtype, device=hidden.device)
         for start in range(0, len(hidden), self.chunk_size):
             part = slice(start, start + self.chunk_size)
-            states = hidden[part].to(layer.weight.dtype)
-            logits = layer.logits(states)
-            theirs = [each.logits(taught[part]).to(logits.device) for taught, each in teachers]
-            values, slope = self._losses(logits, theirs, self.labels[part])
-            sums += values
-            slope = layer.slope(slope, logits)
-            if to_bias is not None:
-                to_bias += slope.sum(0)
-            slope = slope.to(states.dtype)
-            if to_hidden is not None:
-                to_hidden[part] = slope @ layer.weight
-            if to_weight is None:
-                continue
-            if to_weight.dtype == slope.dtype:
-                to_weight.addmm_(slope.T, states)
-            else:
-                to_weight += slope.T @ states
+            self._add_(sums, gradients, part, hidden, layer, teachers)
         return sums, gradients
+
+    def _add_(
+        self,
+        sums: Tensor,
+        gradients: Sequence[Tensor | None],
+        part: slice,
+        hidden: Tensor,
+        layer: OutputLayer,
+        teachers: Sequence[Taught],
+    ) -> None:
+        to_hidden, to_weight, to_bias = gradients
+        states = hidden[part].to(layer.weight.dtype)
+        logits = layer.logits(states)
+        theirs = [each.logits(taught[part]).to(logits.device) for taught, each in teachers]
+        values, slope = self._losses(logits, theirs, self.labels[part])
+        sums += values
+        slope = layer.slope(slope, logits)
+        if to_bias is not None:
+            to_bias += slope.sum(0)
+        slope = slope.to(states.dtype)
+        if to_hidden is not None:
+            to_hidden[part] = slope @ layer.weight
+        if to_weight is not None and to_weight.dtype == slope.dtype:
+            to_weight.addmm_(slope.T, states)
+        elif to_weight is not None:
+            to_weight += slope.T @ states
 
     def _losses(
         self, logits: Tensor, all_theirs: Sequence[Tensor], labels: Tensor
@@ -129,12 +138,13 @@ class _Items:
         # Classes behind the last of the teacher are padding of the vocabulary.
         compared = logits[:, : theirs.shape[-1]]
         agreement = (compared.argmax(-1) == theirs.argmax(-1)).sum()
-        task, slope = slopes.cross_entropy(logits, labels)
         distillation, taught = slopes.between_classes(self.divergence, compared, theirs)
+        del theirs
+        task, slope = slopes.cross_entropy(logits, labels)
         # What weighs 0 is left out, not multiplied by 0: it must not bring in NaN.
         slope = slope.zero_() if self.alpha == 1 else slope.mul_(1 - self.alpha)
         if self.alpha > 0:
-            slope[:, : theirs.shape[-1]].add_(taught, alpha=self.alpha)
+            slope[:, : taught.shape[-1]].add_(taught, alpha=self.alpha)
         return torch.stack([task.sum(), distillation.sum(), agreement.to(task.dtype)]), slope
 
 

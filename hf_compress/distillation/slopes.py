@@ -1,4 +1,4 @@
-"""How the loss of each item changes with the student's logits."""
+"""How the loss of each item changes with the student's logits, in as little memory as can be."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def between_classes(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """`divergence.between_classes`, and its slope, by autograd where there is no closed form here.
 
-    student, teacher: (items, classes) logits in fp32 or better. Returns (items,) and (items, classes).
+    student, teacher: (items, classes) logits in fp32 or better; the teacher's are overwritten.
+    Returns (items,) and (items, classes).
     """
     closed_form = CLOSED_FORMS.get(divergence.name)
     if closed_form is None:
@@ -35,30 +36,61 @@ def between_classes(divergence: Divergence, student: Tensor, teacher: Tensor) ->
             value = divergence.between_classes(student, teacher)
             (slope,) = torch.autograd.grad(value.sum(), student)
         return value.detach(), slope
-    ours = F.log_softmax(student / divergence.temperature, dim=-1)
-    theirs = F.log_softmax(teacher / divergence.taught_temperature, dim=-1)
-    value, slope = closed_form(ours, theirs)
+    ours = _distribution_(student / divergence.temperature)
+    theirs = _distribution_(teacher.div_(divergence.taught_temperature))
+    value, slope = closed_form(*ours, *theirs, **divergence.setting)
     # T^2, of which one T is that of the softened logits.
     return value * divergence.temperature**2, slope.mul_(divergence.temperature)
 
 
-def _forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    probability = teacher.exp()
+def _distribution_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, and their logarithms, which overwrite `logits`."""
+    probabilities = F.softmax(logits, dim=-1)
+    # Of the largest alone the logarithm is exact, however small the others are.
+    total = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
+    return probabilities, logits.sub_(total)
+
+
+def _forward_kl(
+    student: Tensor, ours: Tensor, teacher: Tensor, theirs: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _expected_(teacher, theirs.sub_(ours)), student.sub_(teacher)
+
+
+def _reverse_kl(
+    student: Tensor, ours: Tensor, teacher: Tensor, theirs: Tensor
+) -> tuple[Tensor, Tensor]:
+    surprise = ours.sub_(theirs)
+    value = _expected_(student, surprise)
+    return value, surprise.sub_(value[:, None]).mul_(student)
+
+
+def _jsd(
+    student: Tensor, ours: Tensor, teacher: Tensor, theirs: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    if beta == 0:
+        return _forward_kl(student, ours, teacher, theirs)
+    if beta == 1:
+        return _reverse_kl(student, ours, teacher, theirs)
+    mixture = teacher.lerp(student, 1 - beta).log_()
+    surprise = ours.sub_(mixture)
+    value = _expected_(student, surprise)
+    slope = surprise.sub_(value[:, None]).mul_(student).mul_(1 - beta)
+    return beta * _expected_(teacher, theirs.sub_(mixture)) + (1 - beta) * value, slope
+
+
+def _expected_(probabilities: Tensor, values: Tensor) -> Tensor:
+    """The mean over the classes, (items,); `values` become 0 where the probability is."""
     # 0 * log(0) is 0 here, where floating point says NaN.
-    surprise = teacher.sub_(student).masked_fill_(probability == 0, 0.0)
-    return torch.linalg.vecdot(probability, surprise), student.exp_().sub_(probability)
+    values.masked_fill_(probabilities == 0, 0.0)
+    return (probabilities[:, None] @ values[..., None]).flatten()
 
 
-def _reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    probability = student.exp()
-    surprise = student.sub_(teacher).masked_fill_(probability == 0, 0.0)
-    value = torch.linalg.vecdot(probability, surprise)
-    return value, surprise.sub_(value[:, None]).mul_(probability)
-
-
-CLOSED_FORMS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
 }
-"""By the name of the divergence: logarithms of both distributions, (items, classes), which are
-overwritten -> (items,) values, and (items, classes) slopes along the student's softened logits."""
+"""By the name of the divergence: the student's probabilities and their logarithms, the teacher's, each
+(items, classes) and overwritten, and its setting -> (items,) values, and (items, classes) slopes along
+the student's softened logits."""
