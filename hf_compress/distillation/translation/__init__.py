@@ -1,0 +1,1 @@
+"""A teacher that has another tokenizer than its student: the same text, in tokens of both."""
