@@ -26,14 +26,15 @@ PATTERNS = ("4x1", "1x4", "2:4")
 METHODS = (*SCORES, *PATTERNS, "rigl", "one-shot")
 
 
-def callback(method, sparsity):
+def callback(method, sparsity, scope):
     if method == "rigl":
         return RigLCallback(sparsity, interval=10)
     if method == "2:4":
         return PruningCallback(pattern=method)
     if method in PATTERNS:
         return PruningCallback(sparsity, pattern=method)
-    return PruningCallback(sparsity, score=method, scope="row" if method == "wanda" else "global")
+    scope = scope or ("row" if method == "wanda" else "global")
+    return PruningCallback(sparsity, score=method, scope=scope)
 
 
 def modules_and_names(model):
@@ -61,7 +62,7 @@ def run(method, sparsity, seed, folder, data, options):
             tokenizer,
             train,
             test,
-            callbacks=[] if pruned else [callback(method, sparsity)],
+            callbacks=[] if pruned else [callback(method, sparsity, options.scope)],
             seed=seed,
             teacher=str(folder),
             num_train_epochs=options.epochs,
@@ -80,6 +81,9 @@ def main():
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.97])
+    parser.add_argument(
+        "--scope", help="of the ranking by a score; by default row for wanda, else global"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, help="of each split, at random; all by default")
     parser.add_argument("--length", type=int, default=64, help="tokens for each row")
@@ -100,6 +104,7 @@ def main():
         bf16=options.bf16,
     )
     runs = folder.with_name(f"{folder.name}-pruned-{options.epochs:g}-epochs-{options.learning_rate}")
+    by = f"-by-{options.scope}" if options.scope else ""
 
     def evaluate_dense():
         with tempfile.TemporaryDirectory() as output:
@@ -117,7 +122,7 @@ def main():
     result["pruned"] = []
     for method, sparsity, seed in tqdm(list(dict.fromkeys(asked)), desc="trainings", unit="run"):
         found = minilm.cached(
-            runs / f"{method.replace(':', '-of-')}-{sparsity}-{seed}.json",
+            runs / f"{method.replace(':', '-of-')}{by}-{sparsity}-{seed}.json",
             lambda method=method, sparsity=sparsity, seed=seed: run(
                 method, sparsity, seed, folder, data, options
             ),
