@@ -54,6 +54,13 @@ class DistillationArgumentsMixin:
             "second, in [0, 1); by default 0.1."
         },
     )
+    across_tokenizers: str = field(
+        default="likelihood",
+        metadata={
+            "help": "With a teacher of another tokenizer: 'likelihood' compares how probable both find "
+            "the text between common cuts, 'uld' the sorted distributions at its beginning."
+        },
+    )
     chunk_size: int | str | None = field(
         default="auto",
         metadata={
@@ -69,6 +76,15 @@ class DistillationArgumentsMixin:
             raise ValueError(
                 f"`alpha` must be in [0, 1], got {self.alpha}. It is the weight of the distillation "
                 "part, 1 - alpha that of the task: 0.5 mixes them evenly."
+            )
+        if self.across_tokenizers not in ("likelihood", "uld"):
+            raise ValueError(
+                f"`across_tokenizers` is {self.across_tokenizers!r}: pass 'likelihood' or 'uld'."
+            )
+        if self.across_tokenizers == "uld" and self.divergence != "forward_kl":
+            raise ValueError(
+                f"across_tokenizers='uld' is a distance of its own, so divergence={self.divergence!r} "
+                "would be ignored: leave it out, or choose across_tokenizers='likelihood'."
             )
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments it is mixed into
 

@@ -16,6 +16,7 @@ from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.tasks.heads import Head
 from hf_compress.distillation.tasks.task import Sums, Task
 from hf_compress.distillation.teachers import Teacher
+from hf_compress.distillation.translation.collator import TRANSLATED
 from hf_compress.targets import without_adapters
 
 
@@ -113,5 +114,5 @@ def _unwrapped(model: nn.Module) -> Any:
 
 
 def _without_answers(features: Mapping[str, Any]) -> dict[str, Any]:
-    """What the student is given, where the batch brings a cached teacher's answers along."""
-    return {name: value for name, value in features.items() if name != OUTPUTS}
+    """What the student is given, where the batch brings something for the teacher alone."""
+    return {name: value for name, value in features.items() if name not in (OUTPUTS, TRANSLATED)}

@@ -63,16 +63,7 @@ def check_pair(student: nn.Module, teacher: nn.Module, processing: Any = None) -
     processing: the student's tokenizer or processor, if any, needed where one vocabulary is padded.
     Raises ValueError where `teacher` cannot teach `student`, or would learn with it.
     """
-    student_parameters = {id(parameter) for parameter in student.parameters()}
-    if any(id(parameter) in student_parameters for parameter in teacher.parameters()):
-        raise ValueError(
-            "The teacher is the student, or shares weights with it, so it would change with every "
-            "step. For the student as it is now pass teacher='self', for the base of its adapters "
-            "teacher='base'; else pass a copy.deepcopy."
-        )
-    head, other = head_of(student), head_of(teacher)
-    if head is not other:
-        raise ValueError(f"The student's head is for {head.name}, the teacher's for {other.name}.")
+    head = check_separate(student, teacher)
     ours, theirs = without_adapters(student).config, without_adapters(teacher).config
     for name in head.same:
         _check_equal("config", f"as its {name}", getattr(ours, name, None), getattr(theirs, name, None))
@@ -88,6 +79,21 @@ def check_pair(student: nn.Module, teacher: nn.Module, processing: Any = None) -
     if head.predicts_labels:
         return label_classes(ours.id2label, theirs.id2label)
     return tokens if head.writes_text else None
+
+
+def check_separate(student: nn.Module, teacher: nn.Module) -> Head:
+    """The head of both. Raises ValueError where it is not the same, or where they share weights."""
+    student_parameters = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in student_parameters for parameter in teacher.parameters()):
+        raise ValueError(
+            "The teacher is the student, or shares weights with it, so it would change with every "
+            "step. For the student as it is now pass teacher='self', for the base of its adapters "
+            "teacher='base'; else pass a copy.deepcopy."
+        )
+    head, other = head_of(student), head_of(teacher)
+    if head is not other:
+        raise ValueError(f"The student's head is for {head.name}, the teacher's for {other.name}.")
+    return head
 
 
 def _check_equal(what: str, unit: str, ours: Any, theirs: Any) -> None:

@@ -31,6 +31,8 @@ from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance
 from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.distillation.tasks.task import Sums
 from hf_compress.distillation.teachers import Teacher, ask, normalized
+from hf_compress.distillation.translation.task import TranslatedCausalLM
+from hf_compress.distillation.translation.teacher import translated_teacher
 from hf_compress.distillation.unsupported import refuse_unsupported
 from hf_compress.frozen import snapshot
 from hf_compress.targets import without_adapters
@@ -56,6 +58,9 @@ class DistillationMixin(Trainer):
     teacher_bits: 8 or 4 loads the teachers through bitsandbytes; None keeps their precision.
     teacher_weights: one number above 0 for each teacher, of whose distributions the weighted mean
         teaches; None: all equal.
+    teacher_processing_class: the teacher's tokenizer, where it is another than the student's: causal
+        language models are then compared over the text between the places where both cut, as
+        `across_tokenizers` of the arguments says. Needs the student's as `processing_class`.
     matches: what is compared inside both models while training, added to the loss by its weight and
         logged as `loss_<name>`: one or several `hf_compress.distillation.features.match.Match`, or the
         name of a preset. Evaluation compares the outputs only.
@@ -79,6 +84,7 @@ class DistillationMixin(Trainer):
         teacher: nn.Module | str | Sequence[nn.Module | str],
         teacher_bits: int | None = None,
         teacher_weights: Sequence[float] | None = None,
+        teacher_processing_class: Any = None,
         matches: str | Match | Sequence[Match] = (),
         **trainer_arguments: Any,
     ) -> None:
@@ -99,9 +105,26 @@ class DistillationMixin(Trainer):
             self.model_accepts_loss_kwargs = True
         refuse_unsupported(self)
         head = head_of(self.model)
+        self._translated = teacher_processing_class is not None
+        if self._translated and (teacher_bits == "auto" or as_matches(matches)):
+            raise ValueError(
+                "`teacher_processing_class` goes with neither `matches` nor teacher_bits='auto', which "
+                "ask the teacher about the student's tokens: leave them out."
+            )
         self.teachers: list[nn.Module] = []
         asked: list[Teacher]
-        if self._cached:
+        if self._translated:
+            teaching, self.data_collator = translated_teacher(
+                self.model,
+                given,
+                self.data_collator,
+                ours=self.processing_class,
+                theirs=teacher_processing_class,
+                bits=teacher_bits,
+                device=self.args.device,
+            )
+            self.teachers, asked = [teaching.model], [teaching]
+        elif self._cached:
             asked = [self._use_cache(head, teacher_bits)]
         else:
             self.teachers, asked = ask(
@@ -116,6 +139,8 @@ class DistillationMixin(Trainer):
         self.objective = Objective(
             head, asked, weights, self.accelerator.autocast, self.args.chunk_size
         )
+        if self._translated:
+            self.objective.task = TranslatedCausalLM(self.args.across_tokenizers)
         # The one model that answers as it stands: not one of several, nor one under adapters.
         self.teacher = self.teachers[0] if len(self.teachers) == 1 and given[0] != "base" else None
         compared = as_matches(matches)
@@ -139,7 +164,7 @@ class DistillationMixin(Trainer):
         self._train_sums = self._no_sums()
         self._eval_sums = self._no_sums()
         # A copy of the student agrees with it until the student moves: that is no mistake.
-        self._teacher_differs = from_student
+        self._teacher_differs = from_student or self._translated
         self._loss_only = False
         self._attach_callbacks()
 

@@ -53,7 +53,7 @@ class Pieces:
         """The special token here that means what `special` does in `other`: of the same name, or the
         same role; None where there is none."""
         theirs = other.tokenizer
-        same = self.tokenizer.get_vocab().get(theirs.convert_ids_to_tokens(special))
+        same = self.tokenizer.get_vocab().get(str(theirs.convert_ids_to_tokens(special)))
         if same in self.special:
             return same
         for role in ("bos_token_id", "eos_token_id"):
