@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from hf_compress.distillation.arguments import DistillationArguments
     from hf_compress.distillation.cache.precompute import precompute_teacher
     from hf_compress.distillation.features.match import Match
+    from hf_compress.distillation.fidelity import compare_teachers
     from hf_compress.distillation.layers import init_student
+    from hf_compress.distillation.sequences import teacher_sequences
     from hf_compress.distillation.trainer import DistillationMixin, DistillationTrainer
     from hf_compress.pruning.lora import merge_under_mask_
     from hf_compress.pruning.oneshot.prune import prune_oneshot_
@@ -53,6 +55,7 @@ _HOMES = {
     "RigLCallback": "hf_compress.callbacks.rigl",
     "StructuredPruningCallback": "hf_compress.callbacks.structured",
     "analyse": "hf_compress.quantization.analysis",
+    "compare_teachers": "hf_compress.distillation.fidelity",
     "constrain": "hf_compress.constraint",
     "find_targets": "hf_compress.targets",
     "guard_cpu_kernels_": "hf_compress.quantization.guard",
@@ -72,6 +75,7 @@ _HOMES = {
     "save_quantized": "hf_compress.quantization.export",
     "scan_sensitivity": "hf_compress.pruning.sensitivity",
     "shrink": "hf_compress.pruning.structure.removal",
+    "teacher_sequences": "hf_compress.distillation.sequences",
 }
 
 __all__ = [
@@ -87,6 +91,7 @@ __all__ = [
     "RigLCallback",
     "StructuredPruningCallback",
     "analyse",
+    "compare_teachers",
     "constrain",
     "find_targets",
     "guard_cpu_kernels_",
@@ -106,6 +111,7 @@ __all__ = [
     "save_quantized",
     "scan_sensitivity",
     "shrink",
+    "teacher_sequences",
 ]
 
 

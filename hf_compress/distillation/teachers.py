@@ -100,6 +100,10 @@ def ask(
     """
     if not given:
         raise ValueError("`teacher` is empty: pass at least one.")
+    if any(isinstance(each, str) and each == "cached" for each in given):
+        raise ValueError(
+            "teacher='cached' must stand alone: kept answers are not averaged with others'."
+        )
     models: list[nn.Module] = []
     all_classes: list[Classes | None] = []
     for each in given:

@@ -20,22 +20,21 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_compress.constraint import torch_optimizer
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
 from hf_compress.distillation.cache.cells import OUTPUTS
-from hf_compress.distillation.cache.collator import CachedCollator
-from hf_compress.distillation.cache.teacher import CachedTeacher, common_origin
+from hf_compress.distillation.cache.teacher import cached_teacher
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.features.presets import as_matches
+from hf_compress.distillation.fidelity import Comparison, compare_bits
 from hf_compress.distillation.objective import Objective, mixed
 from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance_of
-from hf_compress.distillation.tasks.heads import Head, head_of
+from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.distillation.tasks.task import Sums
 from hf_compress.distillation.teachers import Teacher, ask, normalized
 from hf_compress.distillation.translation.task import TranslatedCausalLM
 from hf_compress.distillation.translation.teacher import translated_teacher
 from hf_compress.distillation.unsupported import refuse_unsupported
 from hf_compress.frozen import snapshot
-from hf_compress.targets import without_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,9 @@ class DistillationMixin(Trainer):
     teacher: a model (frozen and moved in place), a path or hub id; "self", a copy of the student as it
         is when the trainer is built: the dense model, when it is pruned later; "base", the model under
         the student's adapters, without a second copy; or a list of these.
-    teacher_bits: 8 or 4 loads the teachers through bitsandbytes; None keeps their precision.
+    teacher_bits: 8 or 4 loads the teachers through bitsandbytes; None keeps their precision. "auto"
+        takes the cheapest of these that differs from the full teacher by a KL of `teacher_max_kl` at
+        most, by default 0.01 nats an item of the first rows; `teacher_comparison` says what was seen.
     teacher_weights: one number above 0 for each teacher, of whose distributions the weighted mean
         teaches; None: all equal.
     teacher_processing_class: the teacher's tokenizer, where it is another than the student's: causal
@@ -82,7 +83,8 @@ class DistillationMixin(Trainer):
         args: Any = None,
         *others: Any,
         teacher: nn.Module | str | Sequence[nn.Module | str],
-        teacher_bits: int | None = None,
+        teacher_bits: int | str | None = None,
+        teacher_max_kl: float | None = None,
         teacher_weights: Sequence[float] | None = None,
         teacher_processing_class: Any = None,
         matches: str | Match | Sequence[Match] = (),
@@ -112,7 +114,17 @@ class DistillationMixin(Trainer):
                 "ask the teacher about the student's tokens: leave them out."
             )
         self.teachers: list[nn.Module] = []
-        asked: list[Teacher]
+        asked: Sequence[Teacher]
+        bits: Any = teacher_bits
+        self.teacher_comparison: Comparison | None = None
+        if bits == "auto":
+            self.teacher_comparison = compare_bits(
+                given, *self._first_rows(64), self.args.make_divergence()
+            )
+            limit = 0.01 if teacher_max_kl is None else teacher_max_kl
+            bits = self.teacher_comparison.cheapest(limit).bits
+        elif teacher_max_kl is not None:
+            raise ValueError("`teacher_max_kl` would be ignored: it goes with teacher_bits='auto'.")
         if self._translated:
             teaching, self.data_collator = translated_teacher(
                 self.model,
@@ -120,18 +132,21 @@ class DistillationMixin(Trainer):
                 self.data_collator,
                 ours=self.processing_class,
                 theirs=teacher_processing_class,
-                bits=teacher_bits,
+                bits=bits,
                 device=self.args.device,
             )
             self.teachers, asked = [teaching.model], [teaching]
         elif self._cached:
-            asked = [self._use_cache(head, teacher_bits)]
+            datasets = [self.train_dataset, self.eval_dataset]
+            asked, self.data_collator = cached_teacher(
+                self.model, datasets, self.data_collator, bits=bits
+            )
         else:
             self.teachers, asked = ask(
                 given,
                 self.model,
                 head,
-                bits=teacher_bits,
+                bits=bits,
                 device=self.args.device,
                 processing=self.processing_class,
             )
@@ -145,9 +160,7 @@ class DistillationMixin(Trainer):
         self.teacher = self.teachers[0] if len(self.teachers) == 1 and given[0] != "base" else None
         compared = as_matches(matches)
         if compared and self.teacher is None:
-            raise ValueError(
-                "`matches` need one teacher of its own layers, not 'base', 'cached' or several."
-            )
+            raise ValueError("`matches` need one teacher's layers, not 'base', 'cached' or several.")
         self.matching = FeatureMatching(
             self.model,
             self.teacher or self.model,
@@ -167,17 +180,6 @@ class DistillationMixin(Trainer):
         self._teacher_differs = from_student or self._translated
         self._loss_only = False
         self._attach_callbacks()
-
-    def _use_cache(self, head: Head, bits: int | None) -> Teacher:
-        if bits is not None:
-            raise ValueError(
-                f"teacher='cached' is as precise as it was when it was asked: leave out `teacher_bits` "
-                f"({bits}), and pass precompute_teacher(bits=...)."
-            )
-        origin = common_origin([self.train_dataset, self.eval_dataset])
-        inputs: Any = without_adapters(self.model)
-        self.data_collator = CachedCollator(self.data_collator, origin, inputs.main_input_name)
-        return CachedTeacher(self.model, head, origin)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -9,24 +9,17 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
 from datasets import Dataset, Features, Value, concatenate_datasets
 from torch import nn
-from transformers import (
-    AutoConfig,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    SequenceFeatureExtractor,
-    default_data_collator,
-)
 
 from hf_compress.distillation.cache.answers import Keeping
 from hf_compress.distillation.cache.asking import Asking, Collate
 from hf_compress.distillation.cache.cells import OUTPUTS, Origin
 from hf_compress.distillation.cache.keys import answers_tokens, fingerprint
+from hf_compress.distillation.cache.loading import default_collator, loaded, processes, used_columns
 from hf_compress.distillation.divergences import Divergence
-from hf_compress.distillation.tasks.heads import HEADS, Head, head_of
-from hf_compress.distillation.teacher import accepted_inputs, load_teacher, vocabulary_size
+from hf_compress.distillation.tasks.heads import Head
+from hf_compress.distillation.teacher import vocabulary_size
 from hf_compress.frozen import evaluating
 from hf_compress.targets import without_adapters
 
@@ -84,7 +77,7 @@ def precompute_teacher(
         )
     if not len(dataset):
         raise ValueError("The dataset is empty: there is nothing to ask the teacher about.")
-    model, head = _loaded(teacher, bits)
+    model, head = loaded(teacher, bits)
     keeping = _keeping(
         model,
         head,
@@ -97,12 +90,11 @@ def precompute_teacher(
     )
     columns = dataset.column_names
     if remove_unused_columns:
-        known = {*accepted_inputs(model, dataset.features), *head.labels, "label", "label_ids"}
-        columns = [name for name in columns if name in known]
+        columns = used_columns(columns, model, head)
     asking = Asking(
         model=model,
         head=head,
-        collate=data_collator or _default_collator(processing_class),
+        collate=data_collator or default_collator(processing_class),
         columns=columns,
         keeping=keeping,
         origin=_origin(model, head, keeping, bits),
@@ -136,35 +128,12 @@ def _in_files(
             desc=f"Teacher, file {number + 1} of {files}",
         )
 
-    state = _processes()
+    state = processes()
     with evaluating(asking.model):
         for number in range(state.process_index, files, state.num_processes):
             file(number)
         state.wait_for_everyone()
         return concatenate_datasets([file(number) for number in range(files)])
-
-
-def _processes() -> PartialState:
-    # Processes without accelerators find each other only where this is said.
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _loaded(teacher: nn.Module | str, bits: int | None) -> tuple[nn.Module, Head]:
-    if not isinstance(teacher, str):
-        if bits is None and isinstance(teacher, nn.Module):
-            return teacher, head_of(teacher)
-        head = head_of(teacher)
-    else:
-        architectures = AutoConfig.from_pretrained(teacher).architectures or []
-        heads = [head for head in HEADS if head.class_names.intersection(architectures)]
-        if not heads:
-            raise ValueError(
-                f"The teacher {teacher!r} was saved as {', '.join(architectures) or 'an unknown class'}"
-                ", whose head is not known. Pass the model itself, with a head that is."
-            )
-        head = heads[0]
-    model = load_teacher(teacher, head, bits=bits, device=_processes().device)
-    return model, head_of(model)
 
 
 def _keeping(
@@ -226,11 +195,3 @@ def _origin(model: nn.Module, head: Head, keeping: Keeping, bits: int | None) ->
         same=tuple(getattr(config, name, None) for name in head.same),
         temperature=keeping.temperature,
     )
-
-
-def _default_collator(processing: Any) -> Collate:
-    """As Trainer chooses it."""
-    padding: Any = processing
-    if isinstance(processing, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
-        return DataCollatorWithPadding(padding)
-    return default_data_collator

@@ -12,7 +12,8 @@ from transformers import AutoModelForCTC
 from hf_compress.distillation.alignment import Classes, label_classes
 from hf_compress.distillation.cache.answers import restored
 from hf_compress.distillation.cache.cells import OUTPUTS, Origin, from_bytes
-from hf_compress.distillation.tasks.heads import Head
+from hf_compress.distillation.cache.collator import CachedCollator
+from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.distillation.teacher import vocabulary_size
 from hf_compress.targets import without_adapters
 
@@ -43,6 +44,24 @@ class CachedTeacher:
         samples = torch.tensor(sound.shape[1])
         frames = int(self._student._get_feat_extract_output_lengths(samples))
         return torch.nn.functional.pad(logits, (0, 0, 0, frames - logits.shape[1]))
+
+
+def cached_teacher(
+    student: nn.Module, datasets: Iterable[Any], collate: Any, *, bits: int | str | None
+) -> tuple[list[CachedTeacher], CachedCollator]:
+    """The teacher whose answers all `datasets` bring along, and the collator `collate` with them.
+
+    Raises ValueError where there are none, where they do not fit, and for `bits`.
+    """
+    if bits is not None:
+        raise ValueError(
+            f"teacher='cached' is as precise as it was when it was asked: leave out `teacher_bits` "
+            f"({bits}), and pass precompute_teacher(bits=...)."
+        )
+    origin = common_origin(datasets)
+    inner: Any = without_adapters(student)
+    collator = CachedCollator(collate, origin, inner.main_input_name)
+    return [CachedTeacher(student, head_of(student), origin)], collator
 
 
 def common_origin(datasets: Iterable[Any]) -> Origin:
