@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -61,6 +62,17 @@ class DistillationArgumentsMixin:
             "the text between common cuts, 'uld' the sorted distributions at its beginning."
         },
     )
+    on_policy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of language models: the part of the steps, in [0, 1], in which the student writes "
+            "what it is taught on, from the prompts of the data, and only the teacher judges it."
+        },
+    )
+    on_policy_temperature: float = field(
+        default=1.0,
+        metadata={"help": "At which it draws its tokens; 0 takes the most probable ones."},
+    )
     chunk_size: int | str | None = field(
         default="auto",
         metadata={
@@ -85,6 +97,16 @@ class DistillationArgumentsMixin:
             raise ValueError(
                 f"across_tokenizers='uld' is a distance of its own, so divergence={self.divergence!r} "
                 "would be ignored: leave it out, or choose across_tokenizers='likelihood'."
+            )
+        if not 0 <= self.on_policy <= 1:
+            raise ValueError(
+                f"`on_policy` must be in [0, 1], got {self.on_policy}. It is a part of the steps: 0.5 "
+                "for every other one, on average."
+            )
+        if not 0 <= self.on_policy_temperature < math.inf:
+            raise ValueError(
+                f"`on_policy_temperature` must be 0 or more, got {self.on_policy_temperature}. 1 draws "
+                "from the student's distribution as it is."
             )
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments it is mixed into
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -27,8 +28,9 @@ from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.features.presets import as_matches
 from hf_compress.distillation.fidelity import Comparison, compare_bits
 from hf_compress.distillation.objective import Objective, mixed
+from hf_compress.distillation.sampling import check_writes, is_drawn, rewritten
 from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance_of
-from hf_compress.distillation.tasks.heads import head_of
+from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.distillation.tasks.task import Sums
 from hf_compress.distillation.teachers import Teacher, ask, normalized
 from hf_compress.distillation.translation.task import TranslatedCausalLM
@@ -59,6 +61,9 @@ class DistillationMixin(Trainer):
         most, by default 0.01 nats an item of the first rows; `teacher_comparison` says what was seen.
     teacher_weights: one number above 0 for each teacher, of whose distributions the weighted mean
         teaches; None: all equal.
+    on_policy (of `args`): the part of the optimizer steps, the same on all processes, in which the
+        student writes the labelled tokens itself (papers/2306.13649), and the whole loss is the
+        distance from the teacher there, logged as `on_policy_loss_kd`.
     teacher_processing_class: the teacher's tokenizer, where it is another than the student's: causal
         language models are then compared over the text between the places where both cut, as
         `across_tokenizers` of the arguments says. Needs the student's as `processing_class`.
@@ -107,6 +112,8 @@ class DistillationMixin(Trainer):
             self.model_accepts_loss_kwargs = True
         refuse_unsupported(self)
         head = head_of(self.model)
+        if self.args.on_policy:
+            self._check_writes(head, own_answers=teacher_processing_class is None and not self._cached)
         self._translated = teacher_processing_class is not None
         if self._translated and (teacher_bits == "auto" or as_matches(matches)):
             raise ValueError(
@@ -174,12 +181,27 @@ class DistillationMixin(Trainer):
                 "only. Use DDP, or match layers of equal width."
             )
         self.annealed: Mapping[str, float] = {}  # `alpha` and `temperature` in place of those of `args`
+        self._on_policy = False
         self._train_sums = self._no_sums()
+        self._on_policy_sums = self._no_sums()
         self._eval_sums = self._no_sums()
         # A copy of the student agrees with it until the student moves: that is no mistake.
         self._teacher_differs = from_student or self._translated
         self._loss_only = False
         self._attach_callbacks()
+
+    def _check_writes(self, head: Head, *, own_answers: bool) -> None:
+        check_writes(head)
+        if not own_answers:
+            raise NotImplementedError(
+                f"on_policy={self.args.on_policy} asks the teacher about text that is written in the "
+                "training: not with teacher='cached' or `teacher_processing_class`."
+            )
+        if self.is_fsdp_enabled:
+            raise NotImplementedError(
+                f"on_policy={self.args.on_policy} under FSDP: processes that write texts of different "
+                "length would wait for each other's weights. Use DDP."
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -192,6 +214,9 @@ class DistillationMixin(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """The batches of one optimizer step, and their number of items over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._on_policy = is_drawn(self.args.on_policy, self.args.seed, self.state.global_step)
+        if self._on_policy:
+            batches = self._written_by_student(batches)
         self.matching.count(batches, self._summed)
         return batches, self._summed(self.objective.items(self.model, batches, device))
 
@@ -211,6 +236,8 @@ class DistillationMixin(Trainer):
         if model.training:
             self.matching.start(self.model)
         alpha, divergence = self._mix(training=model.training)
+        if model.training and self._on_policy:
+            alpha = 1.0  # what the student wrote itself is no task
         sums, outputs = self.objective.sums(
             model,
             inputs,
@@ -228,6 +255,19 @@ class DistillationMixin(Trainer):
             loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
         self._record(sums, training=model.training)
         return (loss, outputs) if return_outputs else loss
+
+    def _written_by_student(self, batches: list[Any]) -> list[Any]:
+        seed = f"{self.args.seed} {self.state.global_step} {self.args.process_index}"
+        with torch.random.fork_rng(), self.accelerator.autocast():
+            torch.manual_seed(random.Random(seed).getrandbits(63))
+            return [
+                rewritten(
+                    self.model,
+                    self._prepare_inputs(batch),
+                    temperature=self.args.on_policy_temperature,
+                )
+                for batch in batches
+            ]
 
     def _mix(self, *, training: bool) -> tuple[float, Divergence]:
         annealed = self.annealed if training else {}
@@ -363,9 +403,12 @@ class DistillationMixin(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the training log, which every process writes
             logs.update(self._means(self._train_sums))
+            written = self._means(self._on_policy_sums)
+            logs.update({f"on_policy_{k}": written[k] for k in written if k != "loss_task"})
             logs.update(self.matching.means(self._summed))
         if "loss" in logs or "train_loss" in logs:
             self._train_sums = self._no_sums()
+            self._on_policy_sums = self._no_sums()
             self.matching.forget()
         super().log(logs, start_time)
 
@@ -389,7 +432,10 @@ class DistillationMixin(Trainer):
         if not training:
             self._eval_sums = self._eval_sums + values
             return
-        self._train_sums = self._train_sums + values
+        if self._on_policy:
+            self._on_policy_sums = self._on_policy_sums + values
+        else:
+            self._train_sums = self._train_sums + values
         if not self._teacher_differs and sums.items.sum() > 0:
             self._teacher_differs = True
             if sums.distillation.sum() == 0:

@@ -123,6 +123,11 @@ def test_a_row_too_long_for_the_teacher_is_refused(tmp_path):
         trainer(tmp_path, teacher=teacher).train()
 
 
+def test_text_of_the_student_is_not_translated(tmp_path):
+    with pytest.raises(NotImplementedError, match="on_policy=0.5 asks the teacher about text"):
+        trainer(tmp_path, on_policy=0.5)
+
+
 def test_packed_rows_are_refused(tmp_path):
     built = trainer(tmp_path)
     packed = built.data_collator._collate
