@@ -25,8 +25,9 @@ logger = logging.get_logger(__name__)
 class QuantizationCallback(ConstrainingCallback):
     """Quantization-aware training inside an unmodified `Trainer`.
 
-    bits, group_size, grid, symmetric, start, end, interval, learn_scale: see
-        `hf_compress.quantization.quantizer.Quantizer`. From `end` on the grid is fixed.
+    bits, group_size, grid, symmetric, start, end, interval, learn_scale, grids: see
+        `hf_compress.quantization.quantizer.Quantizer`. From `end` on the grid is fixed. With `grids`
+        what `quantize_oneshot_` has found is trained on from exactly there.
     activations: 8 (or 2 to 8) to train with the inputs of the targeted layers as integers of so many
         bits too, from `start` on: see `hf_compress.quantization.activations.InputQuantizer`.
     calibration: batches, mappings of tensors as the model's forward takes them, some 32 rows. With them
@@ -50,9 +51,9 @@ class QuantizationCallback(ConstrainingCallback):
     Raises ValueError when made with a value out of range or an empty `calibration`, TypeError for one
     that is not made of tensors; and ValueError when training begins: for targets that match nothing, a
     `group_size` that does not divide, weights that are not finite, a calibration that does not reach a
-    layer, a schedule that cannot finish, a checkpoint without its state, or with fixed grids for inputs
-    where `calibration` is missing, FSDP1, DeepSpeed, layer-wise or schedule-free optimizers, models
-    packed by bitsandbytes or whose weights are frozen under adapters.
+    layer, `grids` of another kind, a schedule that cannot finish, a checkpoint without its state, or
+    with fixed grids for inputs where `calibration` is missing, FSDP1, DeepSpeed, layer-wise or
+    schedule-free optimizers, models packed by bitsandbytes or whose weights are frozen under adapters.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class QuantizationCallback(ConstrainingCallback):
         end: int | float = 0.6,
         interval: int | None = None,
         learn_scale: bool = False,
+        grids: Mapping[str, Grid] | None = None,
         activations: int | None = None,
         calibration: Iterable[Batch] | None = None,
         targets: str | Sequence[str] | None = None,
@@ -82,6 +84,7 @@ class QuantizationCallback(ConstrainingCallback):
         self.activations = activations
         self.targets = targets
         self.ignore = ignore
+        self.given_grids = grids
         self.grids: dict[str, Grid] = {}
         self.input_grids: dict[str, Grid] = {}
         self._selection = Selection()
@@ -126,6 +129,7 @@ class QuantizationCallback(ConstrainingCallback):
             "end": self.end,
             "interval": self.interval,
             "learn_scale": self.learn_scale,
+            "given_grids": self.given_grids is not None,
             "activations": self.activations,
             "calibration_batches": len(self._batches),
             "quantized": {name: grid.bits for name, grid in self.grids.items()},
@@ -208,6 +212,7 @@ class QuantizationCallback(ConstrainingCallback):
             end=self.end,
             interval=self.interval,
             learn_scale=self.learn_scale,
+            grids=self.given_grids,
             targets=targets,
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
 
 
@@ -26,6 +26,16 @@ def placed_as(weight: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
     return DTensor.from_local(
         part, weight.device_mesh, weight.placements, run_check=False, shape=size, stride=stride
     )
+
+
+def cut_as(weight: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of `whole`, which every rank holds and which has the dimensions of `weight`, cut
+    as it is; all of it where `weight` is not sharded."""
+    if not isinstance(weight, DTensor):
+        return whole
+    # Without a source, since nothing is to be sent.
+    cut = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+    return cut.to_local()
 
 
 def shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:

@@ -62,10 +62,11 @@ def quantize_oneshot_(
     What is zero stays zero, so that a pruned model stays pruned. The weights are floats of the grid, in
     their dtype: `save_quantized(model, folder, grids=...)` writes exactly these as integers.
 
-    A training with `QuantizationCallback` of the same scheme goes on from there, on a grid that it fits
-    to these weights: the same one, but for float rounding, after "rtn" on "minmax", "percentile" and
-    mostly "mse"; on "absmax" it is 1 / (2**bits - 1) narrower or wider; on the others, and after
-    "gptq", which may leave the outermost codes unused, the weights move by a few percent at 4 bits.
+    A training goes on from exactly there with `QuantizationCallback(bits, grids=..., ...)` of the same
+    scheme. Without `grids` it fits its own to these weights: the same, but for float rounding, after
+    "rtn" on "minmax", "percentile" and mostly "mse"; on "absmax" one that is 1 / (2**bits - 1) narrower
+    or wider; on the others, and after "gptq", which may leave the outermost codes unused, one that
+    moves the weights by a few percent at 4 bits.
 
     For "gptq" all batches go through the model once, in evaluation mode, each layer rounded as soon as
     all of them stand before it: for memory, batches, and offloaded weights see `prune_oneshot_`.

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from hf_compress.constraint import Member, TimedConstraint, check_loaded
 from hf_compress.distributed import local, placed_as, sum_over_shards
+from hf_compress.quantization.given import check_given, this_ranks
 from hf_compress.quantization.grids import (
     Grid,
     GroupSize,
     Scheme,
-    check_divides,
-    check_finite,
     clipped,
     fake_quantize,
     fit,
@@ -24,6 +23,7 @@ from hf_compress.quantization.grids import (
     scale_shape,
 )
 from hf_compress.quantization.learned import learn_scale_, scale_gradient
+from hf_compress.quantization.requirements import check_weight
 from hf_compress.schedules import Schedule, check_interval
 from hf_compress.targets import Target
 
@@ -47,6 +47,9 @@ class Quantizer(TimedConstraint):
     learn_scale: whether the scales are trained too, from their first fit on until `end`, by steps of
         about 1 % that shrink towards `end`: see `hf_compress.quantization.learned`. Only new bits are
         fitted again then.
+    grids: by the name of the weight the grid to begin with, as `quantize_oneshot_` returns them: with
+        the first of `bits` the weights lie on these, which are not fitted again (scales may be learnt).
+        Without them they are fitted, as `grid` says.
     targets: where the input dimension of each weight lies, as `find_targets` tells.
 
     From `start` on, the model and every checkpoint hold weights of the grid only; zero always belongs
@@ -65,7 +68,8 @@ class Quantizer(TimedConstraint):
 
     Raises ValueError for settings out of range, and when attached for weights that are not finite, that
     `group_size` does not divide, whose groups FSDP2 shards cut, whose dtype is too coarse to learn a
-    scale in, that were not loaded on resuming, or whose checkpoint holds another kind of grid.
+    scale in, that were not loaded on resuming, or whose checkpoint holds another kind of grid; and for
+    `grids` of other weights, bits, groups, symmetry or dtype.
     """
 
     order = 1
@@ -82,6 +86,7 @@ class Quantizer(TimedConstraint):
         end: int | float = 0.6,
         interval: int | None = None,
         learn_scale: bool = False,
+        grids: Mapping[str, Grid] | None = None,
         targets: Mapping[str, Target] | None = None,
     ) -> None:
         self.bits = tuple(bits) if isinstance(bits, Sequence) else (bits,)
@@ -94,6 +99,11 @@ class Quantizer(TimedConstraint):
         self.schedule = Schedule(final=len(self.bits) - 1, shape="linear", start=start, end=end)
         self.interval = interval
         self.learn_scale = learn_scale
+        if grids is not None and not grids:
+            raise ValueError(
+                "`grids` is empty: pass what `quantize_oneshot_` returns, or leave it out."
+            )
+        self._given = dict(grids or {})
         self._targets = targets or {}
         self._grids: dict[str, Grid] = {}
         self._bits: int | None = None
@@ -128,15 +138,16 @@ class Quantizer(TimedConstraint):
                     f"the input dimension of {name} must be known: pass "
                     "`targets=find_targets(model).targets`."
                 )
-            dim, size = self._targets[name].input_dim, self.scheme.group_size
-            check_divides(name, param, input_dim=dim, group_size=size)
-            _check_shards(name, param, input_dim=dim, group_size=size)
-            check_finite(name, param)
-            if self.learn_scale and param.dtype != torch.float32:
-                raise ValueError(
-                    f"{name} is {param.dtype}, too coarse to learn a scale in: train in float32, where "
-                    "`bf16=True` still computes in bfloat16; or leave `learn_scale` out."
-                )
+            check_weight(
+                name,
+                param,
+                input_dim=self._targets[name].input_dim,
+                group_size=self.scheme.group_size,
+                learn_scale=self.learn_scale,
+            )
+        if self._given:
+            first = replace(self.scheme, bits=self.bits[0])
+            check_given(self._given, parameters, self._targets, first)
 
     def begin(self, members: Sequence[Member]) -> None:
         self._check_time()
@@ -171,7 +182,8 @@ class Quantizer(TimedConstraint):
         if self._step >= start:
             bits = self._scheduled()
             again = self._step >= end or self._fits(self._step - start)
-            self._due = bits != self._bits or again and not self._finished and not self.learn_scale
+            rests = self.learn_scale or self._is_given(bits)
+            self._due = bits != self._bits or again and not self._finished and not rests
             self._bits, self._finished = bits, self._step >= end
 
     def project_(self, members: Sequence[Member]) -> None:
@@ -181,8 +193,17 @@ class Quantizer(TimedConstraint):
         for member in members:
             weight = self._groups(member, member.param)
             if self._due or member.name not in self._grids:
-                self._keep(member, fit(weight, replace(self.scheme, bits=self._bits)))
+                self._keep(member, self._found(member, weight, self._bits))
             weight.copy_(fake_quantize(weight, self._grids[member.name]))
+
+    def _found(self, member: Member, weight: Tensor, bits: int) -> Grid:
+        if self._is_given(bits):
+            return this_ranks(member.param, self._given[member.name])
+        return fit(weight, replace(self.scheme, bits=bits))
+
+    def _is_given(self, bits: int | None) -> bool:
+        """Whether the grids of so many bits were given."""
+        return bool(self._given) and bits == self.bits[0]
 
     def _scheduled(self) -> int:
         return self.bits[int(self.schedule.value(self._step, self._max_steps))]
@@ -217,6 +238,12 @@ class Quantizer(TimedConstraint):
                 f"the checkpoint holds another kind of grid for {member.name}: resume with the "
                 "`group_size`, `symmetric` and `learn_scale` that it was trained with."
             )
+        if ("given" in member) is not self._is_given(self._bits):
+            began = "was given" if "given" in member else "was not given"
+            raise ValueError(
+                f"the grid that the checkpoint holds for {member.name} {began} by `grids`: resume "
+                f"with{'' if 'given' in member else 'out'} them."
+            )
         return Grid(
             scale=local(member["scale"]),
             zero_point=None if self.scheme.symmetric else local(member["zero_point"]),
@@ -234,23 +261,13 @@ class Quantizer(TimedConstraint):
                 member[moment] = placed_as(member.param, torch.zeros_like(grid.scale), shape)
         # Of the weight's dtype, as all that lives in the optimizer's state.
         member["bits"] = grid.scale.new_tensor(grid.bits)
+        if self._is_given(grid.bits):
+            member["given"] = grid.scale.new_ones(())
+        elif "given" in member:
+            del member["given"]
 
     def _check_on_grid(self, member: Member) -> None:
         weight = self._groups(member, member.param)
         astray = fake_quantize(weight, self._grids[member.name]) != weight
         count = int(sum_over_shards([(astray.sum(), member.param)]))
         check_loaded(member.name, count, "on the grid that the checkpoint's optimizer tells")
-
-
-def _check_shards(name: str, weight: Tensor, *, input_dim: int, group_size: GroupSize) -> None:
-    part = local(weight)
-    if group_size == "tensor":
-        cut = part.shape[-2:] != weight.shape[-2:]
-    else:
-        cut = part.shape[input_dim] % (group_size or weight.shape[input_dim]) != 0
-    # Summed over the ranks, so that all of them refuse.
-    if sum_over_shards([(torch.tensor(int(cut), device=part.device), weight)]) > 0:
-        raise ValueError(
-            f"the shards of {name} {tuple(weight.shape)} cut groups that share a scale: choose a "
-            "`group_size` that divides them, use DDP, or leave it out by `ignore`."
-        )

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress import constrain
+from hf_compress import constrain, quantize_oneshot_
 from hf_compress.pruning.pruner import Pruner
 from hf_compress.quantization.quantizer import Quantizer
 from hf_compress.targets import find_targets
@@ -26,6 +26,8 @@ METHODS = {
     "pruned": {"bits": 4, "group_size": 8},
     "Conv1D": {"bits": 4, "group_size": 4},
     "learned": {"bits": 3, "learn_scale": True},
+    "given": {"bits": 3, "group_size": 8, "symmetric": False, "given": True},
+    "given to Conv1D": {"bits": 3, "group_size": 4, "given": True},
 }
 
 
@@ -45,9 +47,17 @@ def begin(net, method, saved=None, done=0):
     if saved is not None:
         set_optimizer_state_dict(net, optimizer, saved)
     # Groups of 4 and 8 do not divide 9 inputs.
-    ignore = "re:^2.weight" if method in ("groups", "pruned") else None
+    ignore = "re:^2.weight" if method in ("groups", "pruned", "given") else None
     targets = find_targets(net, None, ignore)
-    made = Quantizer(**METHODS[method], end=9, interval=2, targets=targets.targets)
+    settings = dict(METHODS[method])
+    if settings.pop("given", False):
+        # Found on the whole model, and not what the weights of either would be fitted to.
+        whole = network("Conv1D" in method)
+        with torch.no_grad():
+            for param in whole.parameters():
+                param.mul_(0.8)
+        settings["grids"] = quantize_oneshot_(whole, grid="minmax", ignore=ignore, **settings)
+    made = Quantizer(**settings, end=9, interval=2, targets=targets.targets)
     constraints = [made]
     if method == "pruned":
         constraints.append(Pruner(0.5, interval=2, end=6))
@@ -69,7 +79,7 @@ def train(net, optimizer, constraints, first, last):
 
 
 def compare(method):
-    conv1d = method == "Conv1D"
+    conv1d = "Conv1D" in method
     whole = network(conv1d)
     train(whole, *begin(whole, method), 0, STEPS)
 
