@@ -102,7 +102,8 @@ def check_layer(head: Any) -> nn.Linear:
     if head is None:
         raise CannotTap("there is no output layer over a vocabulary")
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise CannotTap(f"its output layer is of type {type(head).__name__}, not a plain Linear")
+        name, package = type(head).__name__, type(head).__module__.partition(".")[0]
+        raise CannotTap(f"its output layer is of type {name} of {package}, not a plain Linear")
     if "forward" in vars(head):
         raise CannotTap("its output layer is on several devices, or its forward was replaced")
     if type(head.weight) is not nn.Parameter and not isinstance(head.weight, DTensor):
