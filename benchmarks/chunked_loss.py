@@ -7,7 +7,7 @@ Student and teacher give `--tokens` hidden states of `--width`; forward KL at T 
 backwards to hidden states and weights of the student. Each in a process of its own. `peak_megabytes`
 is the highest resident memory over that before the first loss, of which `gradient_megabytes` are the
 gradient of the weight, which grows with the vocabulary in any case; `loss_megabytes` is the rest.
-`seconds` is the median of the repeats after the first. `auto` is the default of the trainer. Prints JSON.
+`seconds` is the median of the repeats after the first; `auto` the default of the trainer. Prints JSON.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def measure(options, vocabulary, chunk_size):
         "gradient_megabytes": round(gradient / 1e6),
         "loss_megabytes": round((peak - gradient) / 1e6),
         "seconds": round(statistics.median(seconds[1:]), 3),
-        "loss": round(float(loss) / options.tokens, 5),
+        "loss": round(loss.item() / options.tokens, 5),
         "gradient_norm": round(norm, 4),
     }
 
