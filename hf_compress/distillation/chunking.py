@@ -26,9 +26,12 @@ from hf_compress.targets import without_adapters
 
 logger = logging.getLogger(__name__)
 
-LOGITS = 2**23
-"""How many logits of one model "auto" holds at a time, 32 MiB: of 32k classes those of 256 items."""
+LOGITS = {"cpu": 2**23, "cuda": 2**26}
+"""How many logits "auto" holds of one model at a time, by the kind of device.
 
+On CPUs fewer would take longer, and more are no faster (measured, benchmarks/chunked_loss.py). GPUs are
+not measured yet: theirs is of 512 items at 128k classes, which keep one busy, in 256 MiB.
+"""
 
 _Model = FrozenTeacher | BaseTeacher
 
@@ -36,8 +39,8 @@ _Model = FrozenTeacher | BaseTeacher
 class Chunking:
     """The loss of language models from their hidden states, wherever that is possible.
 
-    chunk_size: how many items have logits at one time; "auto": `LOGITS` by the size of the vocabulary,
-    and batches of no more than that are left whole; None: all are.
+    chunk_size: how many items have logits at one time; "auto": as many as `LOGITS` are of, and batches
+    of no more are left whole; None: all are.
 
     The student's loss is computed within its forward, in a hook on its output layer, and is an output
     of the model that DDP or FSDP2 has wrapped: they see every use of its weights.
@@ -70,9 +73,9 @@ class Chunking:
                 raise CannotTap(f"{task.name} needs them")
             head = _output_layer(model)
             if self._chunk_size == "auto":
-                whole = task.labels(batch).numel() * head.out_features
+                small = task.labels(batch).numel() <= automatic_size(head)
                 # Where weights are sharded all processes must do the same.
-                if whole <= LOGITS and not any(_is_sharded(each) for each in self._models(model)):
+                if small and not any(_is_sharded(each) for each in self._models(model)):
                     return False
             if self._taps is None:
                 self._taps = self._find(model, features)
@@ -98,6 +101,7 @@ class Chunking:
         assert self._taps is not None
         assert isinstance(task, Labelled)
         ours, teachers = self._taps
+        size = self._chunk_size if isinstance(self._chunk_size, int) else automatic_size(ours.head)
         labels = task.labels(batch)[:rows]
 
         def of_labels(hidden: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ class Chunking:
                 labels != IGNORED,
                 divergence=divergence,
                 alpha=alpha,
-                chunk_size=self._items_of(ours.head.out_features),
+                chunk_size=size,
                 weights=self._weights,
             )
             answers.append(sums)
@@ -129,11 +133,6 @@ class Chunking:
         with ours.taking(answer), _returning(_unwrapped(model), answers):
             output, sums = model(**features)
         return sums, output
-
-    def _items_of(self, classes: int) -> int:
-        if isinstance(self._chunk_size, int):
-            return self._chunk_size
-        return max(1, LOGITS // classes)
 
     def _find(
         self, model: nn.Module, features: Mapping[str, Any]
@@ -147,6 +146,12 @@ class Chunking:
 
     def _models(self, student: nn.Module) -> list[nn.Module]:
         return [student, *(each.model for each in self._teachers if isinstance(each, _Model))]
+
+
+def automatic_size(head: nn.Linear) -> int:
+    """How many items "auto" projects at one time through an output layer."""
+    kind = head.weight.device.type
+    return max(1, LOGITS.get(kind, LOGITS["cuda"]) // head.out_features)
 
 
 def _tapped(teacher: Teacher, features: Mapping[str, Any]) -> tuple[_Model, Tap]:
