@@ -16,7 +16,7 @@ from hf_compress.distillation.cache.asking import Collate
 from hf_compress.distillation.cache.cells import OUTPUTS, Origin
 from hf_compress.distillation.cache.collator import CachedCollator
 from hf_compress.distillation.cache.loading import default_collator, loaded, used_columns
-from hf_compress.distillation.cache.teacher import CachedTeacher, common_origin
+from hf_compress.distillation.cache.teacher import CachedTeacher, origin_of
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.tasks.heads import Head
 from hf_compress.distillation.tasks.task import Sums
@@ -99,12 +99,12 @@ def compare_teachers(
     """
     model, head = loaded(teacher, None)
     collate = data_collator or default_collator(processing_class)
-    origin = common_origin([dataset]) if OUTPUTS in dataset.column_names else None
+    origin = origin_of(dataset) if OUTPUTS in dataset.column_names else None
     columns = used_columns(dataset.column_names, model, head)
     if origin is not None:
         columns.append(OUTPUTS)
         inner: Any = without_adapters(model)
-        collate = CachedCollator(collate, origin, inner.main_input_name)
+        collate = CachedCollator(collate, {OUTPUTS: origin}, inner.main_input_name)
         temperature = origin.temperature if temperature is None else temperature
     chosen = [
         {name: row[name] for name in columns} for row in dataset.select(range(min(rows, len(dataset))))

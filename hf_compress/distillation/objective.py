@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from hf_compress.distillation.cache.cells import OUTPUTS
+from hf_compress.distillation.cache.cells import OUTPUTS, STATES
 from hf_compress.distillation.chunking import Chunking
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.tasks.heads import Head
@@ -115,4 +115,6 @@ def _unwrapped(model: nn.Module) -> Any:
 
 def _without_answers(features: Mapping[str, Any]) -> dict[str, Any]:
     """What the student is given, where the batch brings something for the teacher alone."""
-    return {name: value for name, value in features.items() if name not in (OUTPUTS, TRANSLATED)}
+    return {
+        name: value for name, value in features.items() if name not in (OUTPUTS, STATES, TRANSLATED)
+    }

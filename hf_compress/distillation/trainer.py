@@ -20,8 +20,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_compress.constraint import torch_optimizer
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
-from hf_compress.distillation.cache.cells import OUTPUTS
-from hf_compress.distillation.cache.teacher import cached_teacher
+from hf_compress.distillation.cache.cells import OUTPUTS, STATES
+from hf_compress.distillation.cache.teacher import Cached, cached_teacher
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
@@ -120,6 +120,8 @@ class DistillationMixin(Trainer):
                 "`teacher_processing_class` goes with neither `matches` nor teacher_bits='auto', which "
                 "ask the teacher about the student's tokens: leave them out."
             )
+        compared = as_matches(matches)
+        kept: Cached | None = None
         self.teachers: list[nn.Module] = []
         asked: Sequence[Teacher]
         bits: Any = teacher_bits
@@ -144,10 +146,14 @@ class DistillationMixin(Trainer):
             )
             self.teachers, asked = [teaching.model], [teaching]
         elif self._cached:
-            datasets = [self.train_dataset, self.eval_dataset]
-            asked, self.data_collator = cached_teacher(
-                self.model, datasets, self.data_collator, bits=bits
+            kept = cached_teacher(
+                self.model,
+                [self.train_dataset, self.eval_dataset],
+                self.data_collator,
+                bits=bits,
+                inside=bool(compared),
             )
+            asked, self.data_collator = kept.asked, kept.collator
         else:
             self.teachers, asked = ask(
                 given,
@@ -165,15 +171,15 @@ class DistillationMixin(Trainer):
             self.objective.task = TranslatedCausalLM(self.args.across_tokenizers)
         # The one model that answers as it stands: not one of several, nor one under adapters.
         self.teacher = self.teachers[0] if len(self.teachers) == 1 and given[0] != "base" else None
-        compared = as_matches(matches)
-        if compared and self.teacher is None:
-            raise ValueError("`matches` need one teacher's layers, not 'base', 'cached' or several.")
+        if compared and self.teacher is None and kept is None:
+            raise ValueError("`matches` need one teacher's layers, not those of 'base' or several.")
         self.matching = FeatureMatching(
             self.model,
-            self.teacher or self.model,
+            self.teacher or (kept.skeleton if kept else None) or self.model,
             compared,
             device=self.args.device,
             seed=self.args.seed,
+            kept=kept.states if kept else None,
         )
         if self.matching.projections.weights and self.is_fsdp_enabled:
             raise NotImplementedError(
@@ -207,7 +213,7 @@ class DistillationMixin(Trainer):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         if self._cached and OUTPUTS not in columns:
-            columns.append(OUTPUTS)
+            columns.extend([OUTPUTS, STATES])
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

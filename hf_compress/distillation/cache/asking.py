@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 
 from hf_compress.distillation.cache.answers import Keeping, cut
-from hf_compress.distillation.cache.cells import OUTPUTS, Origin, to_bytes
+from hf_compress.distillation.cache.cells import OUTPUTS, STATES, Origin, to_bytes
 from hf_compress.distillation.cache.keys import answers_tokens, row_keys
+from hf_compress.distillation.cache.states import cut_states
+from hf_compress.distillation.features.recorder import Feature, Recorder
 from hf_compress.distillation.tasks.heads import Head
 from hf_compress.distillation.teacher import accepted_inputs
 from hf_compress.targets import without_adapters
@@ -21,7 +23,8 @@ Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
 class Asking:
-    """collate: rows -> batch, of those `columns` of the rows alone."""
+    """collate: rows -> batch, of those `columns` of the rows alone. features: what is kept of the
+    inside of the model, in place of its outputs."""
 
     def __init__(
         self,
@@ -32,6 +35,7 @@ class Asking:
         columns: Sequence[str],
         keeping: Keeping,
         origin: Origin,
+        features: Collection[Feature] = (),
     ) -> None:
         self.model = model
         self._inner: Any = without_adapters(model)
@@ -40,6 +44,8 @@ class Asking:
         self._columns = columns
         self._keeping = keeping
         self._origin = origin.to_json()
+        self._features = features
+        self.column = STATES if features else OUTPUTS
 
     def identity(self, dataset: Dataset, rows: int) -> str:
         """What another result would come of. Raises ValueError where a second look at the first `rows`
@@ -50,7 +56,7 @@ class Asking:
                 "The collator gives the same rows other inputs or labels each time, so the teacher "
                 "cannot be asked before. Draw once, with `dataset.map`, and let the collator only pad."
             )
-        return f"{self._origin} {self._keeping} {dataset._fingerprint} {first}"
+        return f"{self._origin} {self._keeping} {self._features} {dataset._fingerprint} {first}"
 
     @torch.no_grad()
     def answers(self, dataset: Dataset, rows: Sequence[int]) -> dict[str, list[bytes]]:
@@ -64,12 +70,24 @@ class Asking:
             )
         placed = send_to_device(dict(batch), next(self.model.parameters()).device)
         features = self._head.inputs(self._inner, placed)
-        output = self.model(**accepted_inputs(self.model, {**features, "use_cache": False}))
-        task = self._head.task(self._inner, placed) if answers_tokens(self._head) else None
-        cells = cut(output, placed, task=task, keys=keys, keeping=self._keeping)
-        return {
-            OUTPUTS: [to_bytes(cell, key, self._origin) for cell, key in zip(cells, keys, strict=True)]
-        }
+        asked = accepted_inputs(self.model, {**features, "use_cache": False})
+        if self._features:
+            cells = cut_states(self._inside(asked), placed, len(keys), self._keeping.dtype)
+        else:
+            task = self._head.task(self._inner, placed) if answers_tokens(self._head) else None
+            cells = cut(self.model(**asked), placed, task=task, keys=keys, keeping=self._keeping)
+        pairs = zip(cells, keys, strict=True)
+        return {self.column: [to_bytes(cell, key, self._origin) for cell, key in pairs]}
+
+    def _inside(self, asked: Mapping[str, Any]) -> dict[Feature, Tensor]:
+        recorder = Recorder(self._inner, self._features)
+        try:
+            recorder.start()
+            self.model(**asked)
+            taken = recorder.take(learns=False)
+        finally:
+            recorder.remove()
+        return {feature: value for feature, value in taken.items() if isinstance(value, Tensor)}
 
     def _batch(self, dataset: Dataset, rows: Sequence[int]) -> Mapping[str, Any]:
         chosen = (dataset[row] for row in rows)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-OUTPUTS = "teacher_outputs"
-"""The column that holds them, and the entry of a batch made of it."""
+OUTPUTS, STATES = "teacher_outputs", "teacher_states"
+"""The columns that hold them, and the entries of a batch made of these."""
 
 _SMALL = 1 << 16
 
@@ -21,11 +21,11 @@ _SMALL = 1 << 16
 class Origin:
     """Where answers come from: equal for all rows of a dataset, or they do not belong together.
 
-    what: "logits", "topk" or "sampled". head: the name of the teacher's. teacher: the fingerprint of
-    its weights, precision: what it computed in, name: under which it was loaded. classes: of its
-    answers, None where they depend on the input; cut: whether it has more. labels: their names, where
-    it predicts labels. same: of its config what `Head.same` names. temperature: at which probabilities
-    were kept; None for logits.
+    what: "logits", "topk" or "sampled", or of states "hidden" or "pooled". head: the name of the
+    teacher's. teacher: the fingerprint of its weights, precision: what it computed in, name: under
+    which it was loaded. classes: of its answers, None where they depend on the input; cut: whether it
+    has more. labels: their names, where it predicts labels. same: of its config what `Head.same` names.
+    temperature: at which probabilities were kept. config: of states, the teacher's, in JSON.
     """
 
     what: str
@@ -38,6 +38,7 @@ class Origin:
     labels: tuple[str, ...] | None = None
     same: tuple[Any, ...] = ()
     temperature: float | None = None
+    config: str | None = None
 
     def to_json(self) -> str:
         """What is not as by default, in short."""
@@ -79,7 +80,7 @@ def from_bytes(cell: bytes) -> Cell:
         key, origin = marks["key"], marks["origin"]
     except Exception as error:
         raise ValueError(
-            f"The column {OUTPUTS!r} does not hold what `precompute_teacher` writes there."
+            "A column of the teacher's answers does not hold what `precompute_teacher` writes there."
         ) from error
     if "ids" in answers:
         ids = answers["ids"].long()

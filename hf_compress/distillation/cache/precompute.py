@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from torch import nn
 
 from hf_compress.distillation.cache.answers import Keeping
 from hf_compress.distillation.cache.asking import Asking, Collate
-from hf_compress.distillation.cache.cells import OUTPUTS, Origin
+from hf_compress.distillation.cache.cells import Origin
 from hf_compress.distillation.cache.keys import answers_tokens, fingerprint
 from hf_compress.distillation.cache.loading import default_collator, loaded, processes, used_columns
+from hf_compress.distillation.cache.states import describe, features_of
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.tasks.heads import Head
 from hf_compress.distillation.teacher import vocabulary_size
 from hf_compress.frozen import evaluating
 from hf_compress.targets import without_adapters
 
-WHAT = ("logits", "topk", "sampled")
+WHAT = ("logits", "topk", "sampled", "hidden", "pooled")
 _BYTES = 90  # of a token's answer, which leaves room for what each row says of itself
 
 
@@ -37,6 +39,7 @@ def precompute_teacher(
     batch_size: int = 8,
     size: int | None = None,
     temperature: float = 2.0,
+    layers: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     bits: int | None = None,
     vocabulary: int | None = None,
@@ -46,6 +49,8 @@ def precompute_teacher(
     seed: int = 0,
 ) -> Dataset:
     """`dataset` with the teacher's answers in a column, for `DistillationTrainer(teacher="cached")`.
+
+    A second call with what="hidden" or "pooled" adds a column for `matches` of these.
 
     Every row is asked about as the training will show it, so give the collator or the processing class
     of the training, and tokenize and truncate before. The answers may then be shuffled, split and saved
@@ -59,8 +64,10 @@ def precompute_teacher(
             estimated without bias (papers/2503.16870); the default for language models.
         "topk": of each token the most probable classes, and the probability of the others together: for
             any divergence of probabilities, but nothing is learnt about the others.
+        "hidden", "pooled": what the `layers` give for each token, or the pooler for each row.
     size: classes of "topk" and "sampled", in [1, classes); by default as many as 90 bytes a token hold.
     temperature: the training's, for "topk" and "sampled", which know the teacher at this one only.
+    layers: of "hidden", from 0, or from -1 backwards; by default the last.
     dtype: of what is kept; by default as computed, and float16 for "topk" and "sampled".
     vocabulary: compare the first so many tokens only: for a student of a vocabulary padded otherwise.
     data_collator, processing_class, remove_unused_columns: as of Trainer.
@@ -88,6 +95,9 @@ def precompute_teacher(
         vocabulary=vocabulary,
         seed=seed,
     )
+    states = keeping.what in ("hidden", "pooled")
+    if layers is not None and not states:
+        raise ValueError(f"`layers` is {list(layers)}, but it goes with what='hidden'.")
     columns = dataset.column_names
     if remove_unused_columns:
         columns = used_columns(columns, model, head)
@@ -98,6 +108,7 @@ def precompute_teacher(
         columns=columns,
         keeping=keeping,
         origin=_origin(model, head, keeping, bits),
+        features=features_of(without_adapters(model), keeping.what, layers) if states else (),
     )
     return _in_files(dataset, asking, batch_size, folder, rows_per_file)
 
@@ -121,7 +132,7 @@ def _in_files(
             batched=True,
             batch_size=batch_size,
             writer_batch_size=batch_size,
-            features=Features({**part.features, OUTPUTS: Value("large_binary")}),
+            features=Features({**part.features, asking.column: Value("large_binary")}),
             cache_file_name=str(place / f"{number:05d}.arrow"),
             load_from_cache_file=True,
             new_fingerprint=f"{name}{number:05d}",
@@ -155,9 +166,9 @@ def _keeping(
         raise ValueError(f"`vocabulary` is {vocabulary}, but {head.name} answers with no tokens.")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"`dtype` is {dtype}: pass a float type, such as torch.bfloat16.")
-    if what == "logits":
+    if what not in ("topk", "sampled"):
         if size is not None:
-            raise ValueError(f"`size` is {size}, but all logits are kept: pass `what`.")
+            raise ValueError(f"`size` is {size}, but it goes with what='topk' or 'sampled'.")
         return Keeping(what=what, size=None, temperature=None, dtype=dtype, classes=vocabulary, seed=0)
     if not answers_tokens(head):
         raise ValueError(f"`what` is {what!r}, but of {head.name} all logits are kept: 'logits'.")
@@ -194,4 +205,5 @@ def _origin(model: nn.Module, head: Head, keeping: Keeping, bits: int | None) ->
         labels=labels,
         same=tuple(getattr(config, name, None) for name in head.same),
         temperature=keeping.temperature,
+        config=describe(config) if keeping.what in ("hidden", "pooled") else None,
     )

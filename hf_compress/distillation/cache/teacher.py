@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from transformers import AutoModelForCTC
 
 from hf_compress.distillation.alignment import Classes, label_classes
 from hf_compress.distillation.cache.answers import restored
-from hf_compress.distillation.cache.cells import OUTPUTS, Origin, from_bytes
+from hf_compress.distillation.cache.cells import OUTPUTS, STATES, Origin, from_bytes
 from hf_compress.distillation.cache.collator import CachedCollator
+from hf_compress.distillation.cache.states import KeptStates, skeleton_of
 from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.distillation.teacher import vocabulary_size
 from hf_compress.targets import without_adapters
@@ -46,11 +48,28 @@ class CachedTeacher:
         return torch.nn.functional.pad(logits, (0, 0, 0, frames - logits.shape[1]))
 
 
+@dataclass(frozen=True)
+class Cached:
+    """What takes the place of a teacher: how it is asked, what brings its answers, and for matches its
+    modules without weights and what was kept of them."""
+
+    asked: list[CachedTeacher]
+    collator: CachedCollator
+    skeleton: nn.Module | None = None
+    states: KeptStates | None = None
+
+
 def cached_teacher(
-    student: nn.Module, datasets: Iterable[Any], collate: Any, *, bits: int | str | None
-) -> tuple[list[CachedTeacher], CachedCollator]:
+    student: nn.Module,
+    datasets: Iterable[Any],
+    collate: Any,
+    *,
+    bits: int | str | None,
+    inside: bool,
+) -> Cached:
     """The teacher whose answers all `datasets` bring along, and the collator `collate` with them.
 
+    inside: whether what happened in it is wanted too. Some datasets may be None, or several by name.
     Raises ValueError where there are none, where they do not fit, and for `bits`.
     """
     if bits is not None:
@@ -58,38 +77,54 @@ def cached_teacher(
             f"teacher='cached' is as precise as it was when it was asked: leave out `teacher_bits` "
             f"({bits}), and pass precompute_teacher(bits=...)."
         )
-    origin = common_origin(datasets)
+    parts: list[Any] = []
+    for each in datasets:
+        parts += each.values() if isinstance(each, dict) else [each]
+    rows: list[dict[str, Any]] = [next(iter(part), {}) for part in parts if part is not None]
+    origins = {OUTPUTS: _common(OUTPUTS, [_origin(row, OUTPUTS) for row in rows])}
+    states = None
+    if inside:
+        # Evaluation compares the outputs only.
+        origins[STATES] = _origin(rows[0], STATES)
+        states = KeptStates(from_bytes(rows[0][STATES]).answers)
+        made = {(origin.teacher, origin.precision) for origin in origins.values()}
+        if len(made) > 1:
+            raise ValueError(
+                f"The outputs and the states were kept of different teachers (fingerprint, precision): "
+                f"{sorted(made)}. Use `precompute_teacher` with the same for both."
+            )
     inner: Any = without_adapters(student)
-    collator = CachedCollator(collate, origin, inner.main_input_name)
-    return [CachedTeacher(student, head_of(student), origin)], collator
+    return Cached(
+        asked=[CachedTeacher(student, head_of(student), origins[OUTPUTS])],
+        collator=CachedCollator(collate, origins, inner.main_input_name),
+        skeleton=skeleton_of(origins[STATES]) if inside else None,
+        states=states,
+    )
 
 
-def common_origin(datasets: Iterable[Any]) -> Origin:
-    """Of the answers in the first rows of `datasets`, some of which may be None, or several by name.
+def origin_of(dataset: Any) -> Origin:
+    """Of the outputs in the first row of `dataset`. Raises ValueError where there are none."""
+    return _origin(next(iter(dataset), {}), OUTPUTS)
 
-    Raises ValueError where there are none, or where they are not equal.
-    """
-    parts = [
-        part for rows in datasets for part in (rows.values() if isinstance(rows, dict) else [rows])
-    ]
-    origins = {_origin(part) for part in parts if part is not None}
-    if len(origins) != 1:
+
+def _common(column: str, origins: list[Origin]) -> Origin:
+    if len(set(origins)) != 1:
         raise ValueError(
-            "teacher='cached' needs datasets with answers of one teacher, kept in one way, but there "
-            f"are {sorted(origins) or 'no datasets'}. Use `precompute_teacher` on all of them, with "
+            f"teacher='cached' needs datasets whose {column!r} are of one teacher, kept in one way, "
+            f"but there are {origins or 'no datasets'}. Use `precompute_teacher` on all of them, with "
             "the same settings."
         )
-    return Origin.from_json(origins.pop())
+    return origins[0]
 
 
-def _origin(dataset: Any) -> str:
-    row: Mapping[str, Any] = next(iter(dataset), {})
-    if OUTPUTS not in row:
+def _origin(row: Mapping[str, Any], column: str) -> Origin:
+    if column not in row:
+        what = "" if column == OUTPUTS else " with what='hidden' or 'pooled'"
         raise ValueError(
-            f"teacher='cached' needs a column {OUTPUTS!r}, which `precompute_teacher` adds to a "
-            f"dataset; there are only {sorted(row)}. The dataset for evaluation needs it too."
+            f"teacher='cached' needs a column {column!r}, which `precompute_teacher`{what} adds to a "
+            f"dataset; there are only {sorted(row)}. The dataset for evaluation needs outputs too."
         )
-    return from_bytes(row[OUTPUTS]).origin
+    return Origin.from_json(from_bytes(row[column]).origin)
 
 
 def _classes(config: Any, head: Head, origin: Origin) -> Classes | None:

@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_compress.distillation.cache.states import KeptStates
 from hf_compress.distillation.features.closest import Closest
 from hf_compress.distillation.features.items import count_items
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.projections import Projections
 from hf_compress.distillation.features.recorder import Recorder
 from hf_compress.distillation.features.resolve import resolve
+from hf_compress.distillation.features.terms import Values
 from hf_compress.targets import without_adapters
 
 FILE = "feature_matching.safetensors"
@@ -29,6 +31,8 @@ class FeatureMatching:
     """The matches between a student and its teacher, whose loss is normalised as that of the outputs.
 
     matches: what is compared; none is allowed, and costs nothing.
+    kept: what was taken down of the teacher before and comes with the batches; `teacher` then only says
+        where in a model that was, and needs no weights.
     weights: by the name of the match, which may be changed between steps; 0 leaves it out.
 
     In each optimizer step `count`; in each forward `start`, both models, `loss`; after the last
@@ -44,12 +48,16 @@ class FeatureMatching:
         *,
         device: torch.device,
         seed: int = 0,
+        kept: KeptStates | None = None,
     ) -> None:
         inner, self._teacher = without_adapters(student), without_adapters(teacher)
         self._terms = [term for match in matches for term in resolve(match, inner, self._teacher)]
         names = [term.name for term in self._terms]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"several matches are called {repeated[0]!r}: give them a `name` each.")
+        self._kept = kept
+        if kept is not None:
+            kept.check(theirs for term in self._terms for _, theirs in term.pairs)
         self.weights = {term.name: float(term.match.weight) for term in self._terms}
         self.projections = Projections(self._terms, device, seed)
         self._closest = {
@@ -81,10 +89,10 @@ class FeatureMatching:
             self.stop()
             pairs = [pair for term in self._terms for pair in term.pairs]
             ours = {feature for term in self._terms for feature in term.candidates}
-            self._recorders = (
-                Recorder(without_adapters(student), ours | {ours for ours, _ in pairs}),
-                Recorder(self._teacher, {theirs for _, theirs in pairs}),
-            )
+            watched = [(without_adapters(student), ours | {ours for ours, _ in pairs})]
+            if self._kept is None:
+                watched.append((self._teacher, {theirs for _, theirs in pairs}))
+            self._recorders = tuple(Recorder(model, features) for model, features in watched)
             self._student = student
         for recorder in self._recorders:
             recorder.start()
@@ -94,8 +102,11 @@ class FeatureMatching:
         the number that was counted, times that of the processes, over which gradients are averaged."""
         if not self._terms:
             return 0.0
-        learner, example = self._recorders
-        student, teacher = learner.take(learns=torch.is_grad_enabled()), example.take(learns=False)
+        learner, *example = self._recorders
+        student = learner.take(learns=torch.is_grad_enabled())
+        teacher: Values = (
+            self._kept.take(batch) if self._kept is not None else example[0].take(learns=False)
+        )
         counts = self._count(batch)
         loss: Tensor | float = 0.0
         for number, (term, items) in enumerate(zip(self._terms, self._items, strict=True)):

@@ -82,7 +82,7 @@ def _module_term(
     stacks: Mapping[str, Stack],
 ) -> Term:
     if match.what == "pooled":
-        named = _pooler(student), _pooler(teacher)
+        named = pooler_of(student), pooler_of(teacher)
         match = replace(match, tokens=None)
     else:
         named = match.what, match.teacher_module or match.what
@@ -108,7 +108,8 @@ def _module_term(
     )
 
 
-def _pooler(model: PreTrainedModel) -> str:
+def pooler_of(model: PreTrainedModel) -> str:
+    """The path of the module whose output is the pooled one. Raises ValueError where there is none."""
     pooler = dict(model.base_model.named_children()).get("pooler")
     for path, module in model.named_modules():
         if module is pooler:
