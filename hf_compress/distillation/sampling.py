@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +15,6 @@ from hf_compress.frozen import evaluating
 from hf_compress.targets import without_adapters
 
 _KNOWN = {"input_ids", "attention_mask", "labels"}
-
-
-def is_drawn(rate: float, seed: int, step: int) -> bool:
-    """Whether optimizer step `step` is one of the part `rate` in [0, 1] of all: the same on every
-    process and after resuming."""
-    return random.Random(f"{seed} {step}").random() < rate
 
 
 def check_writes(head: Head) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -28,9 +27,9 @@ from hf_compress.distillation.features.matching import FeatureMatching
 from hf_compress.distillation.features.presets import as_matches
 from hf_compress.distillation.fidelity import Comparison, compare_bits
 from hf_compress.distillation.objective import Objective, mixed
-from hf_compress.distillation.sampling import check_writes, is_drawn, rewritten
+from hf_compress.distillation.on_policy import OnPolicy
 from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance_of
-from hf_compress.distillation.tasks.heads import Head, head_of
+from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.distillation.tasks.task import Sums
 from hf_compress.distillation.teachers import Teacher, ask, normalized
 from hf_compress.distillation.translation.task import TranslatedCausalLM
@@ -112,8 +111,17 @@ class DistillationMixin(Trainer):
             self.model_accepts_loss_kwargs = True
         refuse_unsupported(self)
         head = head_of(self.model)
-        if self.args.on_policy:
-            self._check_writes(head, own_answers=teacher_processing_class is None and not self._cached)
+        self._on_policy = OnPolicy(
+            self.args.on_policy,
+            self.args.on_policy_temperature,
+            self.args.seed,
+            self.args.process_index,
+        )
+        self._on_policy.check(
+            head,
+            answers_again=teacher_processing_class is None and not self._cached,
+            sharded=self.is_fsdp_enabled,
+        )
         self._translated = teacher_processing_class is not None
         if self._translated and (teacher_bits == "auto" or as_matches(matches)):
             raise ValueError(
@@ -187,7 +195,7 @@ class DistillationMixin(Trainer):
                 "only. Use DDP, or match layers of equal width."
             )
         self.annealed: Mapping[str, float] = {}  # `alpha` and `temperature` in place of those of `args`
-        self._on_policy = False
+        self._student_writes = False
         self._train_sums = self._no_sums()
         self._on_policy_sums = self._no_sums()
         self._eval_sums = self._no_sums()
@@ -195,19 +203,6 @@ class DistillationMixin(Trainer):
         self._teacher_differs = from_student or self._translated
         self._loss_only = False
         self._attach_callbacks()
-
-    def _check_writes(self, head: Head, *, own_answers: bool) -> None:
-        check_writes(head)
-        if not own_answers:
-            raise NotImplementedError(
-                f"on_policy={self.args.on_policy} asks the teacher about text that is written in the "
-                "training: not with teacher='cached' or `teacher_processing_class`."
-            )
-        if self.is_fsdp_enabled:
-            raise NotImplementedError(
-                f"on_policy={self.args.on_policy} under FSDP: processes that write texts of different "
-                "length would wait for each other's weights. Use DDP."
-            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -220,9 +215,11 @@ class DistillationMixin(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """The batches of one optimizer step, and their number of items over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._on_policy = is_drawn(self.args.on_policy, self.args.seed, self.state.global_step)
-        if self._on_policy:
-            batches = self._written_by_student(batches)
+        self._student_writes = self._on_policy.in_step(self.state.global_step)
+        if self._student_writes:
+            placed = [self._prepare_inputs(batch) for batch in batches]
+            with self.accelerator.autocast():
+                batches = self._on_policy.written(self.model, placed, self.state.global_step)
         self.matching.count(batches, self._summed)
         return batches, self._summed(self.objective.items(self.model, batches, device))
 
@@ -242,7 +239,7 @@ class DistillationMixin(Trainer):
         if model.training:
             self.matching.start(self.model)
         alpha, divergence = self._mix(training=model.training)
-        if model.training and self._on_policy:
+        if model.training and self._student_writes:
             alpha = 1.0  # what the student wrote itself is no task
         sums, outputs = self.objective.sums(
             model,
@@ -261,19 +258,6 @@ class DistillationMixin(Trainer):
             loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
         self._record(sums, training=model.training)
         return (loss, outputs) if return_outputs else loss
-
-    def _written_by_student(self, batches: list[Any]) -> list[Any]:
-        seed = f"{self.args.seed} {self.state.global_step} {self.args.process_index}"
-        with torch.random.fork_rng(), self.accelerator.autocast():
-            torch.manual_seed(random.Random(seed).getrandbits(63))
-            return [
-                rewritten(
-                    self.model,
-                    self._prepare_inputs(batch),
-                    temperature=self.args.on_policy_temperature,
-                )
-                for batch in batches
-            ]
 
     def _mix(self, *, training: bool) -> tuple[float, Divergence]:
         annealed = self.annealed if training else {}
@@ -438,7 +422,7 @@ class DistillationMixin(Trainer):
         if not training:
             self._eval_sums = self._eval_sums + values
             return
-        if self._on_policy:
+        if self._student_writes:
             self._on_policy_sums = self._on_policy_sums + values
         else:
             self._train_sums = self._train_sums + values

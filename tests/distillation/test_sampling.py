@@ -7,7 +7,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_compress import DistillationArguments, DistillationTrainer, teacher_sequences
 from hf_compress.distillation.divergences import Divergence
-from hf_compress.distillation.sampling import is_drawn, rewritten
+from hf_compress.distillation.on_policy import OnPolicy
+from hf_compress.distillation.sampling import rewritten
 
 SPREAD = {"initializer_range": 0.3, "eos_token_id": 7}
 ROWS = 16
@@ -135,11 +136,13 @@ def test_drawn_tokens_have_the_probabilities_of_the_model():
 
 
 def test_the_steps_that_are_drawn_are_a_function_of_the_step():
-    drawn = [is_drawn(0.3, 42, step) for step in range(2000)]
-    assert drawn == [is_drawn(0.3, 42, step) for step in range(2000)]
+    drawn, on_another_process = (
+        [OnPolicy(0.3, 1.0, 42, process).in_step(step) for step in range(2000)] for process in (0, 1)
+    )
+    assert drawn == on_another_process
     assert sum(drawn) / 2000 == pytest.approx(0.3, abs=0.03)
-    assert not any(is_drawn(0.0, 1, step) for step in range(100))
-    assert all(is_drawn(1.0, 1, step) for step in range(100))
+    assert not any(OnPolicy(0.0, 1.0, 1, 0).in_step(step) for step in range(100))
+    assert all(OnPolicy(1.0, 1.0, 1, 0).in_step(step) for step in range(100))
 
 
 # In the trainer
@@ -215,7 +218,8 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(tmp_path, size):
 def test_steps_of_both_kinds_are_logged_apart(tmp_path):
     built = trainer(tmp_path, on_policy=0.5, max_steps=12)
     found = ["on_policy_loss_kd" in row for row in logs(built)]
-    assert found == [is_drawn(0.5, built.args.seed, step) for step in range(12)]
+    expected = OnPolicy(0.5, 1.0, built.args.seed, 0)
+    assert found == [expected.in_step(step) for step in range(12)]
     assert 0 < sum(found) < 12
     for row in built.state.log_history[:12]:
         assert ("loss_task" in row) != ("on_policy_loss_kd" in row)
@@ -235,15 +239,17 @@ def test_resuming_equals_never_having_stopped(tmp_path):
     assert_equal(weights(resumed), weights(whole))
 
 
-def test_drawing_leaves_the_random_states_alone(tmp_path):
-    built = trainer(tmp_path, on_policy=1.0)
+def test_drawing_leaves_the_random_states_alone():
+    student, batches = tiny_llama(**SPREAD), [pad([rows()[i] for i in range(4)])]
     before = torch.get_rng_state()
-    batches = [pad([rows()[i] for i in range(4)])]
-    first, second = (built._written_by_student(batches)[0]["input_ids"] for _ in range(2))
+
+    def ids(step, process=0):
+        return OnPolicy(1.0, 1.0, 42, process).written(student, batches, step)[0]["input_ids"].tolist()
+
+    assert ids(0) == ids(0)
+    assert ids(0) != ids(1)
+    assert ids(0) != ids(0, process=1)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, second)
-    built.state.global_step = 1
-    assert not torch.equal(built._written_by_student(batches)[0]["input_ids"], first)
 
 
 def test_the_student_comes_closer_where_it_goes_itself(tmp_path):
