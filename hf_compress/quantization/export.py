@@ -37,7 +37,7 @@ def save_quantized(
         `quantize_oneshot_` returns.
     input_grids: fixed grids of the inputs of the same layers, as `QuantizationCallback.input_grids` or
         what `calibrated_grids` finds. The loaded model rounds its inputs on them, as the training did.
-        Without them its inputs are floats.
+        Without them its inputs are floats, also where they were trained on a grid for each token.
     format:
         "compressed-tensors": transformers reads it where that package is installed. Symmetric weights
             become `pack-quantized`, of `bits` bits each. Those with a zero point, which transformers
