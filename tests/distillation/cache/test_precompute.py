@@ -242,15 +242,15 @@ def test_answers_of_several_teachers_are_refused(tmp_path):
         precompute_teacher(rows, tiny_llama(seed=seed).eval(), folder=tmp_path) for seed in (1, 2)
     )
     refused(concatenate_datasets([one, other]), tmp_path, "answers of several teachers")
-    refused(one, tmp_path, "answers of one teacher, kept in one way", eval_rows=other)
+    refused(one, tmp_path, "of one teacher, kept in one way", eval_rows=other)
     warmer = precompute_teacher(rows, tiny_llama(seed=1).eval(), temperature=1.0, folder=tmp_path)
-    refused(one, tmp_path, "answers of one teacher, kept in one way", eval_rows={"warm": warmer})
+    refused(one, tmp_path, "of one teacher, kept in one way", eval_rows={"warm": warmer})
 
 
 def test_rows_without_answers_are_refused(tmp_path):
     rows, kept = rows_of("causal lm"), cached("causal lm", tmp_path)
     refused(rows, tmp_path, "needs a column 'teacher_outputs'")
-    refused(kept, tmp_path, "The dataset for evaluation needs it too", eval_rows=rows)
+    refused(kept, tmp_path, "The dataset for evaluation needs outputs too", eval_rows=rows)
     broken = rows.add_column(OUTPUTS, [b"nothing"] * len(rows))
     refused(broken, tmp_path, "does not hold what `precompute_teacher` writes")
     student, _ = pair("causal lm")
@@ -288,7 +288,9 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
             )
 
     refuses("causal lm", "`what` is 'best'", what="best")
-    refuses("causal lm", "`size` is 7, but all logits are kept", what="logits", size=7)
+    refuses(
+        "causal lm", "`size` is 7, but it goes with what='topk' or 'sampled'", what="logits", size=7
+    )
     refuses("causal lm", "fewer than the 96 classes", size=96)
     refuses("causal lm", "`temperature` must be above 0", temperature=0.0)
     refuses("causal lm", "`dtype` is torch.int8", dtype=torch.int8)
