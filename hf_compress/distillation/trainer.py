@@ -54,7 +54,8 @@ class DistillationMixin(Trainer):
 
     teacher: a model (frozen and moved in place), a path or hub id; "self", a copy of the student as it
         is when the trainer is built: the dense model, when it is pruned later; "base", the model under
-        the student's adapters, without a second copy; or a list of these.
+        the student's adapters, without a second copy; or a list of these. "cached": the answers that
+        `precompute_teacher` has added to the datasets, with no teacher in memory.
     teacher_bits: 8 or 4 loads the teachers through bitsandbytes; None keeps their precision. "auto"
         takes the cheapest of these that differs from the full teacher by a KL of `teacher_max_kl` at
         most, by default 0.01 nats an item of the first rows; `teacher_comparison` says what was seen.
