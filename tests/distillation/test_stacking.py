@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_compress import DistillationArguments, DistillationMixin, DistillationTrainer
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
+from hf_compress.distillation.divergences import Divergence
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
@@ -114,6 +115,24 @@ def test_a_model_that_sft_has_trained_can_teach_itself(tmp_path, tokenizer):
     losses = [log["loss_kd"] for log in trainer.state.log_history if "loss_kd" in log]
     assert losses[0] == pytest.approx(0, abs=1e-6)
     assert losses[2] > 1e-5
+
+
+def test_sft_in_chunks(tmp_path, tokenizer):
+    runs = []
+    for chunk_size in (5, None):
+        trainer = DistillSFT(
+            tiny_llama(),
+            DistillSFTConfig(str(tmp_path), bf16=False, chunk_size=chunk_size, **QUIET),
+            train_dataset=language_rows(),
+            processing_class=tokenizer,
+            teacher=tiny_llama(seed=1),
+        )
+        trainer.train()
+        runs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        sums = trainer.objective.sums(trainer.model, batch, divergence=Divergence(), alpha=0.5)
+        assert (sums[1].logits.shape[1] == 0) == (chunk_size is not None)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
 def test_sft_options_that_would_be_ignored_are_refused(tmp_path, tokenizer):
