@@ -101,6 +101,36 @@ def dense(
     return folder
 
 
+def add_dense_arguments(parser, *, length=64, epochs=3, learning_rate=2e-4):
+    """The options of `dense_of`; its defaults here."""
+    parser.add_argument("--rows", type=int, help="of each split, at random; all by default")
+    parser.add_argument("--length", type=int, default=length, help="tokens for each row")
+    parser.add_argument("--dense_epochs", type=int, default=epochs)
+    parser.add_argument("--dense_learning_rate", type=float, default=learning_rate)
+    parser.add_argument("--bf16", action="store_true", help="autocast, faster where the CPU has it")
+
+
+def dense_of(corpus_name, options):
+    """What `load` gives, and the folder of the `dense` model."""
+    data = load(corpus_name, options.length, options.rows)
+    folder = dense(
+        corpus_name,
+        *data,
+        length=options.length,
+        epochs=options.dense_epochs,
+        learning_rate=options.dense_learning_rate,
+        bf16=options.bf16,
+    )
+    return data, folder
+
+
+def accuracy_of(folder, tokenizer, train, test, names):
+    """Test accuracy of the classifier in `folder`, in fp32."""
+    return trainer(classifier(folder, names), CACHE / "tmp", tokenizer, train, test).evaluate()[
+        "eval_accuracy"
+    ]
+
+
 def cached(file, make):
     """What `make` returned the first time, kept as JSON in `file`."""
     if not file.exists():

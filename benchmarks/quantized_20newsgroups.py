@@ -63,35 +63,16 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--grid", default="mse")
     parser.add_argument("--group_size", type=int, default=32)
-    parser.add_argument("--rows", type=int, help="of each split, at random; all by default")
-    parser.add_argument("--length", type=int, default=64, help="tokens for each row")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--dense_epochs", type=int, default=3)
-    parser.add_argument("--dense_learning_rate", type=float, default=2e-4)
-    parser.add_argument("--bf16", action="store_true", help="autocast, faster where the CPU has it")
+    minilm.add_dense_arguments(parser)
     options = parser.parse_args()
-    data = minilm.load(CORPUS, options.length, options.rows)
-    folder = minilm.dense(
-        CORPUS,
-        *data,
-        length=options.length,
-        epochs=options.dense_epochs,
-        learning_rate=options.dense_learning_rate,
-        bf16=options.bf16,
-    )
+    data, folder = minilm.dense_of(CORPUS, options)
     settings = (options.epochs, options.learning_rate, options.grid, options.group_size)
     runs = folder.with_name("-".join([folder.name, "quantized", *map(str, settings)]))
 
-    def evaluate_dense():
-        with tempfile.TemporaryDirectory() as output:
-            model = minilm.classifier(folder, data[3])
-            return minilm.trainer(model, output, *data[:3], bf16=options.bf16).evaluate()[
-                "eval_accuracy"
-            ]
-
     result = {**vars(options), "rows": len(data[1]), "test_rows": len(data[2])}
-    result["dense"] = minilm.cached(runs / "dense.json", evaluate_dense)
+    result["dense"] = minilm.cached(runs / "dense.json", lambda: minilm.accuracy_of(folder, *data))
     result["quantized"] = []
     asked = [(method, seed) for seed in options.seeds for method in options.methods]
     for method, seed in tqdm(asked, desc="trainings", unit="run"):

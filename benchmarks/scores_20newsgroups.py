@@ -85,31 +85,14 @@ def main():
         "--scope", help="of the ranking by a score; by default row for wanda, else global"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", type=int, help="of each split, at random; all by default")
-    parser.add_argument("--length", type=int, default=64, help="tokens for each row")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--dense_epochs", type=int, default=3)
-    parser.add_argument("--dense_learning_rate", type=float, default=2e-4)
-    parser.add_argument("--bf16", action="store_true", help="autocast, faster where the CPU has it")
+    minilm.add_dense_arguments(parser)
     options = parser.parse_args()
-    data = minilm.load(CORPUS, options.length, options.rows)
-    tokenizer, train, test, names = data
-    folder = minilm.dense(
-        CORPUS,
-        *data,
-        length=options.length,
-        epochs=options.dense_epochs,
-        learning_rate=options.dense_learning_rate,
-        bf16=options.bf16,
-    )
+    data, folder = minilm.dense_of(CORPUS, options)
+    _, train, test, _ = data
     runs = folder.with_name(f"{folder.name}-pruned-{options.epochs:g}-epochs-{options.learning_rate}")
     by = f"-by-{options.scope}" if options.scope else ""
-
-    def evaluate_dense():
-        with tempfile.TemporaryDirectory() as output:
-            model = minilm.classifier(folder, names)
-            return minilm.trainer(model, output, tokenizer, train, test).evaluate()["eval_accuracy"]
 
     asked = [
         (method, 0.5 if method == "2:4" else sparsity, seed)
@@ -118,7 +101,7 @@ def main():
         for method in options.methods
     ]
     result = {**vars(options), "rows": len(train), "test_rows": len(test)}
-    result["dense"] = minilm.cached(runs / "dense.json", evaluate_dense)
+    result["dense"] = minilm.cached(runs / "dense.json", lambda: minilm.accuracy_of(folder, *data))
     result["pruned"] = []
     for method, sparsity, seed in tqdm(list(dict.fromkeys(asked)), desc="trainings", unit="run"):
         found = minilm.cached(

@@ -116,22 +116,10 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=2.0)
-    parser.add_argument("--length", type=int, default=128, help="tokens for each row")
-    parser.add_argument("--dense_epochs", type=int, default=4)
-    parser.add_argument("--dense_learning_rate", type=float, default=1e-4)
     parser.add_argument("--runs", type=int, default=50, help="forward passes for each latency")
-    parser.add_argument("--rows", type=int, help="of each split, at random; all by default")
-    parser.add_argument("--bf16", action="store_true", help="autocast, faster where the CPU has it")
+    minilm.add_dense_arguments(parser, length=128, epochs=4, learning_rate=1e-4)
     options = parser.parse_args()
-    data = minilm.load(CORPUS, options.length, options.rows)
-    dense = minilm.dense(
-        CORPUS,
-        *data,
-        length=options.length,
-        epochs=options.dense_epochs,
-        learning_rate=options.dense_learning_rate,
-        bf16=options.bf16,
-    )
+    data, dense = minilm.dense_of(CORPUS, options)
     settings = json.dumps({name: vars(options)[name] for name in (*OF_PRUNING, *OF_RECOVERY)})
     digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
     runs = dense.with_name(f"{dense.name}-structured-{digest}")
