@@ -1,7 +1,7 @@
 import math
 
 import pytest
-import torch
+from comparing import assert_equal
 from short import arguments
 from tiny import classification_rows, tiny_bert
 from transformers import Trainer, TrainingArguments
@@ -36,10 +36,6 @@ def logs(trainer):
 
 def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def assert_equal(ours, theirs):
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_alpha_falls_by_hand_and_mixes_the_loss(tmp_path):

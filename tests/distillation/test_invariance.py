@@ -1,19 +1,11 @@
 """Loss and gradient do not depend on how a batch is cut, where Trainer's own do."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from accelerate.commands import accelerate_cli
 from distillation.grid import CASES, run_cuts
-
-LAUNCH = (
-    "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no --main_process_port 0"
-)
+from distributed.accelerated import accelerate_launch
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +16,7 @@ def one_process():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     written = tmp_path_factory.mktemp("grid") / "results.json"
-    script = Path(__file__).with_name("grid.py")
-    command = [sys.executable, accelerate_cli.__file__, *LAUNCH.split(), str(script), str(written)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    accelerate_launch(Path(__file__).with_name("grid.py"), str(written))
     return json.loads(written.read_text())
 
 

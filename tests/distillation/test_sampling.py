@@ -1,5 +1,6 @@
 import pytest
 import torch
+from comparing import assert_equal
 from datasets import Dataset
 from distillation.heads import make_model
 from tiny import classification_rows, tiny_bert, tiny_llama
@@ -174,10 +175,6 @@ def logs(built):
 
 def weights(built):
     return {name: value.clone() for name, value in built.model.state_dict().items()}
-
-
-def assert_equal(ours, theirs):
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_loss_is_the_distance_on_what_the_student_wrote(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparing import assert_equal, weights
 from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
@@ -36,16 +37,6 @@ def distil(folder, student, teacher, rows=None, *, trainer=None, **changes):
     )
     built.train()
     return built
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 # The loss

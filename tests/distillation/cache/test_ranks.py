@@ -1,28 +1,16 @@
 """Two processes share the asking, and train as one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands import accelerate_cli
 from distillation.cache.ranks import ROWS, run
-
-LAUNCH = (
-    "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no --main_process_port 0"
-)
+from distributed.accelerated import accelerate_launch
 
 
 def test_two_processes_share_the_asking_and_train_as_one(tmp_path):
-    script = Path(__file__).with_name("ranks.py")
-    command = [sys.executable, accelerate_cli.__file__, *LAUNCH.split(), str(script), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    accelerate_launch(Path(__file__).with_name("ranks.py"), str(tmp_path))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
     expected = run(tmp_path / "one", 8, 1)

@@ -1,15 +1,11 @@
 """Match losses, gradients, projections and choices of layers do not depend on how a batch is cut."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from accelerate.commands import accelerate_cli
 from distillation.features.grid import CASES, run_cuts
-from distillation.test_invariance import LAUNCH
+from distributed.accelerated import accelerate_launch
 from distributed.test_two_ranks import launch
 
 
@@ -21,11 +17,7 @@ def one_process():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     written = tmp_path_factory.mktemp("grid") / "results.json"
-    script = Path(__file__).with_name("grid.py")
-    command = [sys.executable, accelerate_cli.__file__, *LAUNCH.split(), str(script), str(written)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    accelerate_launch(Path(__file__).with_name("grid.py"), str(written))
     return json.loads(written.read_text())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_equal, weights
 from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
 from transformers import AutoModelForSequenceClassification
 
@@ -46,16 +47,6 @@ def trained(*given, **changes):
     trainer = trainer_of(*given, **changes)
     trainer.train()
     return trainer
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 def logged(trainer, name):
