@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,24 @@ from hf_compress.distillation.translation.collator import TRANSLATED
 from hf_compress.targets import without_adapters
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A batch before its forwards.
+
+    asked: what the teachers are given; features: what the student is; in_chunks: whether its loss does
+    without the logits.
+    """
+
+    asked: Mapping[str, Any]
+    features: Mapping[str, Any]
+    in_chunks: bool
+
+
 class Objective:
     """What a student of this head learns from its labels and from its teachers.
 
-    weights: of the teachers, which add up to 1; autocast: the precision in which they answer.
+    weights: of the teachers, which add up to 1; autocast: the precision in which they answer; task: in
+    place of that of the head, None where there is no other.
     The first batch decides what a classifier is trained for, where its config does not say so.
     """
 
@@ -34,9 +49,10 @@ class Objective:
         weights: Sequence[float],
         autocast: Callable[[], AbstractContextManager],
         chunk_size: int | str | None = None,
+        task: Task | None = None,
     ) -> None:
         self.head = head
-        self.task: Task | None = None
+        self.task = task
         self._teachers = tuple(teachers)
         self._weights = tuple(weights)
         self._autocast = autocast
@@ -49,11 +65,17 @@ class Objective:
             items = items + self._task_of(model, batch).count(batch).to(device)
         return items
 
-    def prepare(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Sees how the models make their logits, before anything is taken down in their forwards."""
+    def prepare(self, model: nn.Module, batch: Mapping[str, Any], *, logits: bool = False) -> Prepared:
+        """How `sums` will go about `batch`. The first time it may run the models, to see how they make
+        their logits: so before anything is taken down in their forwards.
+
+        logits: whether the student's are wanted whole.
+        """
         task = self._task_of(model, batch)
-        features = _without_answers(self.head.inputs(_unwrapped(model), batch))
-        self._chunking.takes(model, features, task, batch)
+        asked = self.head.inputs(_unwrapped(model), batch)
+        features = _without_answers(asked)
+        in_chunks = not logits and self._chunking.takes(model, features, task, batch)
+        return Prepared(asked, features, in_chunks)
 
     def sums(
         self,
@@ -63,27 +85,48 @@ class Objective:
         divergence: Divergence,
         alpha: float,
         rows: int | None = None,
-        logits: bool = False,
+        prepared: Prepared | None = None,
     ) -> tuple[Sums, Any]:
         """The totals over the first `rows` rows of `batch` (None: all), to be `mixed` by `alpha`, and
-        the student's outputs, which may lack the `logits` where these are not asked for.
+        the student's outputs, whose logits are of no position where they went in chunks.
 
+        prepared: of this batch, where `prepare` had to be called before.
         Raises ValueError for a batch without labels, or with labels that do not fit the outputs.
         """
+        given = self.prepare(model, batch) if prepared is None else prepared
         task = self._task_of(model, batch)
-        asked = self.head.inputs(_unwrapped(model), batch)
-        features = _without_answers(asked)
-        if not logits and self._chunking.takes(model, features, task, batch):
+        if given.in_chunks:
             return self._chunking.sums(
-                model, features, task, batch, divergence=divergence, alpha=alpha, rows=rows
+                model, given.features, task, batch, divergence=divergence, alpha=alpha, rows=rows
             )
-        outputs = model(**features)
+        outputs = model(**given.features)
         with self._autocast():
-            taught = [teacher(asked) for teacher in self._teachers]
+            taught = [teacher(given.asked) for teacher in self._teachers]
         sums = task.sums(
             outputs, taught, batch, divergence=divergence, weights=self._weights, rows=rows
         )
         return sums, outputs
+
+    def losses(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Any]],
+        *,
+        divergence: Divergence,
+        alpha: float,
+        device: torch.device,
+    ) -> Iterator[Tensor]:
+        """Of each of the batches of one optimizer step on this process, which add up to that of all.
+
+        Raises ValueError where none has a label that counts.
+        """
+        items = self.items(model, batches, device)
+        if not items.sum():
+            raise ValueError("The rows have no label that counts: pass more `rows`.")
+        for batch in batches:
+            with self._autocast():
+                sums, _ = self.sums(model, batch, divergence=divergence, alpha=alpha)
+            yield mixed(sums, items.to(sums.items.device), alpha)
 
     def _task_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Task:
         if self.task is None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hf_compress.distillation.alignment import Classes
+from hf_compress.distillation.cache.cells import Origin
+from hf_compress.distillation.cache.states import KeptStates
 from hf_compress.distillation.tasks.heads import Head
+from hf_compress.distillation.tasks.task import Task
 from hf_compress.distillation.teacher import accepted_inputs, check_pair, load_teacher
 from hf_compress.frozen import evaluating
 from hf_compress.targets import without_adapters
@@ -20,6 +24,26 @@ class Teacher(Protocol):
     """Inputs of the student -> the teacher's outputs, in the student's classes, without a graph."""
 
     def __call__(self, features: Mapping[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """The teachers of a training, of whichever kind, and what it must become for them.
+
+    asked: how they are asked; models: what of them is in memory. collator, task: in place of the given
+    one and of that of the head; None where those stay. alone: the one model that answers as it stands,
+    not one of several, nor one under adapters. inside: the model whose inner parts can be matched,
+    which where there are `states`, kept of it, needs no weights. origin: of answers that were kept.
+    """
+
+    asked: Sequence[Teacher]
+    models: Sequence[nn.Module] = ()
+    collator: Any = None
+    task: Task | None = None
+    alone: nn.Module | None = None
+    inside: nn.Module | None = None
+    states: KeptStates | None = None
+    origin: Origin | None = None
 
 
 class FrozenTeacher:
@@ -92,8 +116,8 @@ def ask(
     bits: int | None,
     device: torch.device,
     processing: Any,
-) -> tuple[list[nn.Module], list[Teacher]]:
-    """The models of the teachers, and how to ask them.
+) -> Teaching:
+    """By models in memory, which read what the student reads.
 
     given: each a module, a path or id, or "base"; bits, device: as in `load_teacher`; processing: as in
     `check_pair`. Raises what these two raise, and ValueError for none at all.
@@ -122,7 +146,9 @@ def ask(
     if cuts:
         # Distributions are averaged over the tokens that all of them have.
         all_classes = [slice(0, min(cuts))] * len(models)
-    return models, [
+    asked = [
         BaseTeacher(student, classes) if each == "base" else FrozenTeacher(model, classes)
         for each, model, classes in zip(given, models, all_classes, strict=True)
     ]
+    alone = models[0] if len(models) == 1 and given[0] != "base" else None
+    return Teaching(asked=asked, models=models, alone=alone, inside=alone)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_compress.constraint import torch_optimizer
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
 from hf_compress.distillation.cache.cells import OUTPUTS, STATES
-from hf_compress.distillation.cache.teacher import Cached, cached_teacher
+from hf_compress.distillation.cache.teacher import cached_teacher
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
@@ -31,8 +31,8 @@ from hf_compress.distillation.on_policy import OnPolicy
 from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance_of
 from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.distillation.tasks.task import Sums
-from hf_compress.distillation.teachers import Teacher, ask, normalized
-from hf_compress.distillation.translation.task import TranslatedCausalLM
+from hf_compress.distillation.teachers import ask, normalized
+from hf_compress.distillation.totals import Totals
 from hf_compress.distillation.translation.teacher import translated_teacher
 from hf_compress.distillation.unsupported import refuse_unsupported
 from hf_compress.frozen import snapshot
@@ -111,6 +111,13 @@ class DistillationMixin(Trainer):
             # Those versions ask this flag whether the loss is scaled already.
             self.model_accepts_loss_kwargs = True
         refuse_unsupported(self)
+        compared = as_matches(matches)
+        translated = teacher_processing_class is not None
+        if translated and (teacher_bits == "auto" or compared):
+            raise ValueError(
+                "`teacher_processing_class` goes with neither `matches` nor teacher_bits='auto', which "
+                "ask the teacher about the student's tokens: leave them out."
+            )
         head = head_of(self.model)
         self._on_policy = OnPolicy(
             self.args.on_policy,
@@ -119,52 +126,31 @@ class DistillationMixin(Trainer):
             self.args.process_index,
         )
         self._on_policy.check(
-            head,
-            answers_again=teacher_processing_class is None and not self._cached,
-            sharded=self.is_fsdp_enabled,
+            head, answers_again=not (translated or self._cached), sharded=self.is_fsdp_enabled
         )
-        self._translated = teacher_processing_class is not None
-        if self._translated and (teacher_bits == "auto" or as_matches(matches)):
-            raise ValueError(
-                "`teacher_processing_class` goes with neither `matches` nor teacher_bits='auto', which "
-                "ask the teacher about the student's tokens: leave them out."
-            )
-        compared = as_matches(matches)
-        kept: Cached | None = None
-        self.teachers: list[nn.Module] = []
-        asked: Sequence[Teacher]
-        bits: Any = teacher_bits
         self.teacher_comparison: Comparison | None = None
-        if bits == "auto":
-            self.teacher_comparison = compare_bits(
-                given, *self._first_rows(64), self.args.make_divergence()
-            )
-            limit = 0.01 if teacher_max_kl is None else teacher_max_kl
-            bits = self.teacher_comparison.cheapest(limit).bits
-        elif teacher_max_kl is not None:
-            raise ValueError("`teacher_max_kl` would be ignored: it goes with teacher_bits='auto'.")
-        if self._translated:
-            teaching, self.data_collator = translated_teacher(
+        bits = self._bits(given, teacher_bits, teacher_max_kl)
+        if translated:
+            teaching = translated_teacher(
                 self.model,
                 given,
                 self.data_collator,
                 ours=self.processing_class,
                 theirs=teacher_processing_class,
+                across=self.args.across_tokenizers,
                 bits=bits,
                 device=self.args.device,
             )
-            self.teachers, asked = [teaching.model], [teaching]
         elif self._cached:
-            kept = cached_teacher(
+            teaching = cached_teacher(
                 self.model,
                 [self.train_dataset, self.eval_dataset],
                 self.data_collator,
                 bits=bits,
                 inside=bool(compared),
             )
-            asked, self.data_collator = kept.asked, kept.collator
         else:
-            self.teachers, asked = ask(
+            teaching = ask(
                 given,
                 self.model,
                 head,
@@ -172,23 +158,27 @@ class DistillationMixin(Trainer):
                 device=self.args.device,
                 processing=self.processing_class,
             )
-        weights = normalized(teacher_weights, len(given))
-        self.objective = Objective(
-            head, asked, weights, self.accelerator.autocast, self.args.chunk_size
-        )
-        if self._translated:
-            self.objective.task = TranslatedCausalLM(self.args.across_tokenizers)
-        # The one model that answers as it stands: not one of several, nor one under adapters.
-        self.teacher = self.teachers[0] if len(self.teachers) == 1 and given[0] != "base" else None
-        if compared and self.teacher is None and kept is None:
+        if compared and teaching.inside is None:
             raise ValueError("`matches` need one teacher's layers, not those of 'base' or several.")
+        self.data_collator = teaching.collator or self.data_collator
+        self.teachers = list(teaching.models)
+        self.teacher = teaching.alone
+        self.kept_answers = teaching.origin
+        self.objective = Objective(
+            head,
+            teaching.asked,
+            normalized(teacher_weights, len(given)),
+            self.accelerator.autocast,
+            self.args.chunk_size,
+            teaching.task,
+        )
         self.matching = FeatureMatching(
             self.model,
-            self.teacher or (kept.skeleton if kept else None) or self.model,
+            teaching.inside or self.model,
             compared,
             device=self.args.device,
             seed=self.args.seed,
-            kept=kept.states if kept else None,
+            kept=teaching.states,
         )
         if self.matching.projections.weights and self.is_fsdp_enabled:
             raise NotImplementedError(
@@ -197,13 +187,24 @@ class DistillationMixin(Trainer):
             )
         self.annealed: Mapping[str, float] = {}  # `alpha` and `temperature` in place of those of `args`
         self._student_writes = False
-        self._train_sums = self._no_sums()
-        self._on_policy_sums = self._no_sums()
-        self._eval_sums = self._no_sums()
+        self._train_totals = Totals(self.args.device)
+        self._on_policy_totals = Totals(self.args.device)
+        self._eval_totals = Totals(self.args.device)
         # A copy of the student agrees with it until the student moves: that is no mistake.
-        self._teacher_differs = from_student or self._translated
+        self._teacher_differs = from_student or translated
         self._loss_only = False
         self._attach_callbacks()
+
+    def _bits(self, given: list[Any], asked: int | str | None, max_kl: float | None) -> Any:
+        """Of the teachers; where "auto" is asked for, by a comparison on the first rows."""
+        if asked == "auto":
+            self.teacher_comparison = compare_bits(
+                given, *self._first_rows(64), self.args.make_divergence()
+            )
+            return self.teacher_comparison.cheapest(0.01 if max_kl is None else max_kl).bits
+        if max_kl is not None:
+            raise ValueError("`teacher_max_kl` would be ignored: it goes with teacher_bits='auto'.")
+        return asked
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -236,7 +237,7 @@ class DistillationMixin(Trainer):
         In training the sum over the items here divided by `num_items_in_batch`, times the number of
         processes, over which the gradients are averaged. In evaluation the mean over the items here.
         """
-        self.objective.prepare(model, inputs)
+        prepared = self.objective.prepare(model, inputs, logits=return_outputs and not self._loss_only)
         if model.training:
             self.matching.start(self.model)
         alpha, divergence = self._mix(training=model.training)
@@ -248,7 +249,7 @@ class DistillationMixin(Trainer):
             divergence=divergence,
             alpha=alpha,
             rows=None if model.training else self._real_rows(inputs),
-            logits=return_outputs and not self._loss_only,
+            prepared=prepared,
         )
         if model.training and num_items_in_batch is not None:
             items = torch.as_tensor(num_items_in_batch, device=sums.items.device)
@@ -302,19 +303,13 @@ class DistillationMixin(Trainer):
         return examples, collate
 
     def _losses(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
-        placed = [self._prepare_inputs(dict(batch)) for batch in batches]
-        items = self.objective.items(self.model, placed, self.args.device)
-        if not items.sum():
-            raise ValueError("The rows have no label that counts: pass more `rows`.")
-        for batch in placed:
-            with self.accelerator.autocast():
-                sums, _ = self.objective.sums(
-                    self.model,
-                    batch,
-                    divergence=self.args.make_divergence(),
-                    alpha=self.args.alpha,
-                )
-            yield mixed(sums, items.to(sums.items.device), self.args.alpha)
+        return self.objective.losses(
+            self.model,
+            [self._prepare_inputs(dict(batch)) for batch in batches],
+            divergence=self.args.make_divergence(),
+            alpha=self.args.alpha,
+            device=self.args.device,
+        )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer below does, with a group for each projection of the matches."""
@@ -359,12 +354,12 @@ class DistillationMixin(Trainer):
         **generation: Any,
     ) -> tuple[Any, Any, Any]:
         """As the Trainer below does, but for one that generates, which asks the model for its loss."""
-        seen = self._eval_sums
+        seen = self._eval_totals.batches
         self._loss_only = prediction_loss_only
         loss, predictions, labels = super().prediction_step(
             model, inputs, prediction_loss_only, ignore_keys, **generation
         )
-        if loss is not None and self._eval_sums is seen:
+        if loss is not None and self._eval_totals.batches == seen:
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
         return loss, predictions, labels
@@ -377,11 +372,11 @@ class DistillationMixin(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._eval_sums = self._no_sums()
+        self._eval_totals.forget()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        means = self._means(self._eval_sums)
+        means = self._means(self._eval_totals)
         if means and output.metrics is not None:
             # Trainer's own loss is a mean of batch means, which depends on the evaluation batch size.
             alpha = self.args.alpha
@@ -393,13 +388,13 @@ class DistillationMixin(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the training log, which every process writes
-            logs.update(self._means(self._train_sums))
-            written = self._means(self._on_policy_sums)
+            logs.update(self._means(self._train_totals))
+            written = self._means(self._on_policy_totals)
             logs.update({f"on_policy_{k}": written[k] for k in written if k != "loss_task"})
             logs.update(self.matching.means(self._summed))
         if "loss" in logs or "train_loss" in logs:
-            self._train_sums = self._no_sums()
-            self._on_policy_sums = self._no_sums()
+            self._train_totals.forget()
+            self._on_policy_totals.forget()
             self.matching.forget()
         super().log(logs, start_time)
 
@@ -414,19 +409,11 @@ class DistillationMixin(Trainer):
     def _summed(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
 
-    def _no_sums(self) -> Tensor:
-        return torch.zeros(len(Sums._fields), 1, device=self.args.device)
-
     def _record(self, sums: Sums, *, training: bool) -> None:
-        values = torch.stack([value.detach().float().reshape(-1) for value in sums])
-        values = values.to(self.args.device)  # (fields, parts)
         if not training:
-            self._eval_sums = self._eval_sums + values
+            self._eval_totals.add(sums)
             return
-        if self._student_writes:
-            self._on_policy_sums = self._on_policy_sums + values
-        else:
-            self._train_sums = self._train_sums + values
+        (self._on_policy_totals if self._student_writes else self._train_totals).add(sums)
         if not self._teacher_differs and sums.items.sum() > 0:
             self._teacher_differs = True
             if sums.distillation.sum() == 0:
@@ -435,14 +422,9 @@ class DistillationMixin(Trainer):
                     "nothing to learn from it. Is it the model you meant?"
                 )
 
-    def _means(self, sums: Tensor) -> dict[str, float]:
-        items, *totals = self._summed(sums)
+    def _means(self, totals: Totals) -> dict[str, float]:
         task = self.objective.task
-        if task is None or not items.sum():
-            return {}
-        means = [(total / items.clamp(min=1)).mean().item() for total in totals]
-        named = dict(zip(("loss_task", "loss_kd", "agreement"), means, strict=True))
-        return named if task.agreement else {name: named[name] for name in ("loss_task", "loss_kd")}
+        return totals.means(self._summed, agreement=task is not None and task.agreement)
 
     def _attach_callbacks(self) -> None:
         from hf_compress.callbacks.base import CompressionCallback

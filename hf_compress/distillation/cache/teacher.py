@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from hf_compress.distillation.cache.collator import CachedCollator
 from hf_compress.distillation.cache.states import KeptStates, skeleton_of
 from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.distillation.teacher import vocabulary_size
+from hf_compress.distillation.teachers import Teaching
 from hf_compress.targets import without_adapters
 
 
@@ -48,17 +48,6 @@ class CachedTeacher:
         return torch.nn.functional.pad(logits, (0, 0, 0, frames - logits.shape[1]))
 
 
-@dataclass(frozen=True)
-class Cached:
-    """What takes the place of a teacher: how it is asked, what brings its answers, and for matches its
-    modules without weights and what was kept of them."""
-
-    asked: list[CachedTeacher]
-    collator: CachedCollator
-    skeleton: nn.Module | None = None
-    states: KeptStates | None = None
-
-
 def cached_teacher(
     student: nn.Module,
     datasets: Iterable[Any],
@@ -66,8 +55,8 @@ def cached_teacher(
     *,
     bits: int | str | None,
     inside: bool,
-) -> Cached:
-    """The teacher whose answers all `datasets` bring along, and the collator `collate` with them.
+) -> Teaching:
+    """By a teacher whose answers all `datasets` bring along, and `collate` then too.
 
     inside: whether what happened in it is wanted too. Some datasets may be None, or several by name.
     Raises ValueError where there are none, where they do not fit, and for `bits`.
@@ -94,11 +83,12 @@ def cached_teacher(
                 f"{sorted(made)}. Use `precompute_teacher` with the same for both."
             )
     inner: Any = without_adapters(student)
-    return Cached(
+    return Teaching(
         asked=[CachedTeacher(student, head_of(student), origins[OUTPUTS])],
         collator=CachedCollator(collate, origins, inner.main_input_name),
-        skeleton=skeleton_of(origins[STATES]) if inside else None,
+        inside=skeleton_of(origins[STATES]) if inside else None,
         states=states,
+        origin=origins[OUTPUTS],
     )
 
 

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.distillation.teacher import accepted_inputs, check_separate, load_teacher
+from hf_compress.distillation.teachers import Teaching
 from hf_compress.distillation.translation.collator import TRANSLATED, TranslatingCollator
 from hf_compress.distillation.translation.pieces import Pieces
+from hf_compress.distillation.translation.task import TranslatedCausalLM
 
 
 class TranslatedTeacher:
@@ -34,14 +36,16 @@ def translated_teacher(
     *,
     ours: Any,
     theirs: Any,
+    across: str,
     bits: Any,
     device: torch.device,
-) -> tuple[TranslatedTeacher, TranslatingCollator]:
-    """The one teacher that is `given`, with what `collate` must become.
+) -> Teaching:
+    """By the one teacher that is `given`, who reads the text of what `collate` makes.
 
-    ours, theirs: the tokenizers; bits, device: as in `load_teacher`. Raises NotImplementedError for
-    another head than causal language modelling, ValueError for several teachers, for one that is made
-    of the student, for tokenizers that cannot be compared, and as `load_teacher`.
+    ours, theirs: the tokenizers; across: as in `TranslatedCausalLM`; bits, device: as in
+    `load_teacher`. Raises NotImplementedError for another head than causal language modelling,
+    ValueError for several teachers, for one that is made of the student, for tokenizers that cannot be
+    compared, and as `load_teacher`.
     """
     head = head_of(student)
     if head.auto_class is not AutoModelForCausalLM:
@@ -59,4 +63,11 @@ def translated_teacher(
     model: Any = load_teacher(teacher, head, bits=bits, device=device)
     check_separate(student, model)
     longest = getattr(model.config, "max_position_embeddings", None)
-    return TranslatedTeacher(model), TranslatingCollator(collate, *pieces, longest)
+    return Teaching(
+        asked=[TranslatedTeacher(model)],
+        models=[model],
+        collator=TranslatingCollator(collate, *pieces, longest),
+        task=TranslatedCausalLM(across),
+        alone=model,
+        inside=model,
+    )
