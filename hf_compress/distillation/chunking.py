@@ -77,7 +77,7 @@ class Chunking:
                 # Where weights are sharded all processes must do the same.
                 if small and not any(_is_sharded(each) for each in self._models(model)):
                     return False
-            if self._taps is None:
+            if self._taps is None or self._taps[0].head is not head:  # another model is evaluated
                 self._taps = self._find(model, features)
         except CannotTap as reason:
             self._impossible = True

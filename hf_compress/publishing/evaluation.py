@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from hf_compress.metrics.functions import perplexity
-from hf_compress.publishing.recipe import bits_of, teachers_of
+from hf_compress.publishing.recipe import bits_of, distils
 from hf_compress.targets import without_adapters
 
 # Names end so, also where the eval dataset has parts.
@@ -52,7 +52,7 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
         }
         dropped = list(_OF_THE_RUN)
         causal = type(model).__name__.endswith("ForCausalLM")
-        if teachers_of(trainer):
+        if distils(trainer):
             dropped += ["loss", "loss_kd"] if compressed else ["loss", "loss_kd", "agreement"]
         elif trainer.args.world_size > 1 and not causal:
             # Trainer multiplies it by the number of processes where a head ignores the item count.

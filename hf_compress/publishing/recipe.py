@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch.distributed import is_torchelastic_launched
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from hf_compress.distillation.cache.cells import Origin
 from hf_compress.publishing.audit import Audit
 from hf_compress.publishing.card import hub_id
 from hf_compress.publishing.validate import LOCAL_PATH
@@ -151,6 +152,15 @@ def teachers_of(trainer: Any | None) -> list[Any]:
     return [] if trainer is None else vars(trainer).get("teachers", [])
 
 
+def distils(trainer: Any | None) -> bool:
+    """Whether a teacher, or what was kept of its answers, trains with `trainer`."""
+    return bool(teachers_of(trainer)) or _kept_answers(trainer) is not None
+
+
+def _kept_answers(trainer: Any | None) -> Origin | None:
+    return None if trainer is None else vars(trainer).get("kept_answers")
+
+
 def bits_of(model: Any) -> int | None:
     """8 or 4 for a model packed by bitsandbytes, else None."""
     settings = getattr(model.config, "quantization_config", None)
@@ -165,16 +175,27 @@ def precision_of(model: Any) -> str:
 
 
 def _distillation(trainer: Any) -> dict[str, Any] | None:
-    teachers = teachers_of(trainer)
-    if not teachers:
+    if not distils(trainer):
         return None
-    names = [hub_id(teacher.config.name_or_path) or type(teacher).__name__ for teacher in teachers]
-    return {
-        "teacher": ", ".join(names),
-        "teacher's precision": ", ".join(dict.fromkeys(map(precision_of, teachers))),
-        **trainer.args.make_divergence().describe(),
-        "alpha": trainer.args.alpha,
-    }
+    kept = _kept_answers(trainer)
+    if kept is not None:
+        told = {
+            "teacher": hub_id(kept.name) or "a model that was asked before",
+            "teacher's precision": kept.precision,
+            "teacher's answers": f"kept before ({kept.what})",
+        }
+    else:
+        teachers = teachers_of(trainer)
+        names = [hub_id(each.config.name_or_path) or type(each).__name__ for each in teachers]
+        told = {
+            "teacher": ", ".join(names),
+            "teacher's precision": ", ".join(dict.fromkeys(map(precision_of, teachers))),
+        }
+    if trainer.matching.weights:
+        told["matches"] = ", ".join(f"{n} (weight {w:g})" for n, w in trainer.matching.weights.items())
+    if trainer.args.on_policy:
+        told["part of the steps on the student's own text"] = f"{trainer.args.on_policy:g}"
+    return {**told, **trainer.args.make_divergence().describe(), "alpha": trainer.args.alpha}
 
 
 def _asked(method: Mapping[str, Any], model: PreTrainedModel) -> Iterator[tuple[list[str], float]]:

@@ -122,6 +122,22 @@ def test_the_training_is_that_of_whole_logits(name, tmp_path):
     assert ours == pytest.approx(whole, rel=3e-5, abs=1e-7)
 
 
+def test_another_model_is_evaluated_in_its_place(tmp_path):
+    """As when a dense baseline is measured by the trainer of the student."""
+    found = []
+    for chunk_size in (CHUNK, None):
+        trainer = build(tmp_path, *MODELS["llama"], chunk_size=chunk_size)
+        own, other = trainer.model, tiny_llama(seed=2)
+        losses = []
+        for model in (own, other, own):
+            trainer.model = model
+            losses.append(trainer.evaluate()["eval_loss_task"])
+        found.append(losses)
+    ours, whole = found
+    assert ours == pytest.approx(whole, rel=3e-5)
+    assert ours[0] == ours[2] != ours[1]
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_half_precision(name, tmp_path):
     ours, whole = run_both(tmp_path, *MODELS[name], bf16=True, learning_rate=1e-4)

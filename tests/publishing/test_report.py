@@ -16,7 +16,13 @@ from transformers import (
     Trainer,
 )
 
-from hf_compress import PruningCallback, publish
+from hf_compress import (
+    DistillationArguments,
+    DistillationTrainer,
+    PruningCallback,
+    precompute_teacher,
+    publish,
+)
 from hf_compress.measure import count_weights
 from hf_compress.metrics.functions import accuracy
 from hf_compress.publishing.audit import audit
@@ -64,6 +70,27 @@ def test_the_recipe_is_told_by_those_who_cooked(published):
     assert recipe["training"]["seed"] == 42
     history = read(published)["history"]
     assert [row["sparsity"] for row in history if "loss" in row][-1] == pytest.approx(0.8, abs=1e-4)
+
+
+def test_a_teacher_that_was_asked_before_is_told_and_its_mixed_loss_is_not(tmp_path):
+    teacher = tiny_bert(seed=1)
+    rows = precompute_teacher(classification_rows(), teacher, folder=tmp_path / "asked")
+    trainer = DistillationTrainer(
+        tiny_bert(),
+        settings(tmp_path / "run", DistillationArguments, steps=4, use_cpu=True),
+        teacher="cached",
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    trainer.train()
+    report = read(publish(trainer, folder=tmp_path / "out", baseline=teacher))
+    told = report["recipe"]["distillation"]
+    assert told["teacher's answers"] == "kept before (logits)"
+    assert told["teacher's precision"] == "float32"
+    for side in ("compressed", "dense"):
+        assert "loss_task" in report[side]["metrics"]
+        assert not {"loss", "loss_kd"} & report[side]["metrics"].keys()
+    assert "knowledge-distillation" in ModelCard.load(tmp_path / "out" / "README.md").data.tags
 
 
 def test_a_language_model_gets_a_perplexity_and_a_given_baseline_is_measured(tmp_path):
