@@ -51,7 +51,7 @@ def run(method, sparsity, seed, folder, data, options):
     """Test accuracy and zeros after one training."""
     tokenizer, train, test, names = data
     set_seed(seed)
-    student = minilm.classifier(folder, names)
+    student = minilm.classifier(folder if options.start == "dense" else minilm.minilm(), names)
     pruned = modules_and_names(student) if method == "one-shot" else []
     if pruned:
         prune.global_unstructured(pruned, prune.L1Unstructured, amount=sparsity)
@@ -84,6 +84,12 @@ def main():
     parser.add_argument(
         "--scope", help="of the ranking by a score; by default row for wanda, else global"
     )
+    parser.add_argument(
+        "--start",
+        choices=("dense", "pretrained"),
+        default="dense",
+        help="of the pruning: the fine-tuned model, or the one before it, as movement's paper does",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
@@ -92,6 +98,8 @@ def main():
     data, folder = minilm.dense_of(CORPUS, options)
     _, train, test, _ = data
     runs = folder.with_name(f"{folder.name}-pruned-{options.epochs:g}-epochs-{options.learning_rate}")
+    if options.start == "pretrained":
+        runs = runs.with_name(f"{runs.name}-from-pretrained")
     by = f"-by-{options.scope}" if options.scope else ""
 
     asked = [
