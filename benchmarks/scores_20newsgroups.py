@@ -1,5 +1,5 @@
 """Every score and pattern on 20 Newsgroups, MiniLM distilled from its dense self while it is pruned,
-against torch.nn.utils.prune: one-shot global magnitude, then the same training.
+against torch.nn.utils.prune: one-shot magnitude, global or each weight on its own, then the same training.
 
     python benchmarks/scores_20newsgroups.py --methods obd one-shot 2:4 --sparsity 0.9 0.95
 
@@ -23,7 +23,8 @@ from hf_compress.targets import find_targets
 CORPUS = "20newsgroups"
 SCORES = ("obd", "taylor", "magnitude", "movement", "soft_movement", "wanda", "random")
 PATTERNS = ("4x1", "1x4", "2:4")
-METHODS = (*SCORES, *PATTERNS, "rigl", "one-shot")
+ONE_SHOT = ("one-shot", "one-shot-by-layer")
+METHODS = (*SCORES, *PATTERNS, "rigl", *ONE_SHOT)
 
 
 def callback(method, sparsity, scope):
@@ -52,9 +53,12 @@ def run(method, sparsity, seed, folder, data, options):
     tokenizer, train, test, names = data
     set_seed(seed)
     student = minilm.classifier(folder if options.start == "dense" else minilm.minilm(), names)
-    pruned = modules_and_names(student) if method == "one-shot" else []
-    if pruned:
+    pruned = modules_and_names(student) if method in ONE_SHOT else []
+    if method == "one-shot":
         prune.global_unstructured(pruned, prune.L1Unstructured, amount=sparsity)
+    if method == "one-shot-by-layer":
+        for module, name in pruned:
+            prune.l1_unstructured(module, name, amount=sparsity)
     with tempfile.TemporaryDirectory() as output:
         trainer = minilm.trainer(
             student,
