@@ -1,5 +1,5 @@
 """Every score and pattern on 20 Newsgroups, MiniLM distilled from its dense self while it is pruned,
-against torch.nn.utils.prune: one-shot magnitude, global or each weight on its own, then the same training.
+against torch.nn.utils.prune: one-shot magnitude, global or by layer, then the same training.
 
     python benchmarks/scores_20newsgroups.py --methods obd one-shot 2:4 --sparsity 0.9 0.95
 
