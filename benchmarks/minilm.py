@@ -39,7 +39,9 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def trainer(model, output, tokenizer, train, test, callbacks=None, seed=0, teacher=None, **arguments):
+def trainer(
+    model, output, tokenizer, train, test, callbacks=None, seed=0, teacher=None, matches=(), **arguments
+):
     """A Trainer, or with a `teacher` a DistillationTrainer, whose `alpha` and `temperature` are among
     the arguments."""
     settings = {
@@ -65,7 +67,7 @@ def trainer(model, output, tokenizer, train, test, callbacks=None, seed=0, teach
     if teacher is None:
         return Trainer(model, TrainingArguments(output, **settings), **shared)
     return DistillationTrainer(
-        model, DistillationArguments(output, **settings), teacher=teacher, **shared
+        model, DistillationArguments(output, **settings), teacher=teacher, matches=matches, **shared
     )
 
 
