@@ -21,7 +21,7 @@ from hf_compress.callbacks.rigl import RigLCallback
 from hf_compress.targets import find_targets
 
 CORPUS = "20newsgroups"
-SCORES = ("obd", "taylor", "magnitude", "movement", "soft_movement", "wanda", "random")
+SCORES = ("obd", "taylor", "magnitude", "wanda", "random")
 PATTERNS = ("4x1", "1x4", "2:4")
 ONE_SHOT = ("one-shot", "one-shot-by-layer")
 METHODS = (*SCORES, *PATTERNS, "rigl", *ONE_SHOT)
@@ -52,7 +52,7 @@ def run(method, sparsity, seed, folder, data, options):
     """Test accuracy and zeros after one training."""
     tokenizer, train, test, names = data
     set_seed(seed)
-    student = minilm.classifier(folder if options.start == "dense" else minilm.minilm(), names)
+    student = minilm.classifier(folder, names)
     pruned = modules_and_names(student) if method in ONE_SHOT else []
     if method == "one-shot":
         prune.global_unstructured(pruned, prune.L1Unstructured, amount=sparsity)
@@ -88,12 +88,6 @@ def main():
     parser.add_argument(
         "--scope", help="of the ranking by a score; by default row for wanda, else global"
     )
-    parser.add_argument(
-        "--start",
-        choices=("dense", "pretrained"),
-        default="dense",
-        help="of the pruning: the fine-tuned model, or the one before it, as movement's paper does",
-    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
@@ -102,8 +96,6 @@ def main():
     data, folder = minilm.dense_of(CORPUS, options)
     _, train, test, _ = data
     runs = folder.with_name(f"{folder.name}-pruned-{options.epochs:g}-epochs-{options.learning_rate}")
-    if options.start == "pretrained":
-        runs = runs.with_name(f"{runs.name}-from-pretrained")
     by = f"-by-{options.scope}" if options.scope else ""
 
     asked = [

@@ -46,16 +46,12 @@ METHODS = [
     pruning("OBD", score="obd"),
     pruning("Taylor, by layer", score="taylor", scope="layer", by="weight"),
     pruning("magnitude", score="magnitude"),
-    pruning("movement", score="movement"),
-    pruning("soft movement", score="soft_movement"),
     pruning("Wanda, by row", score="wanda", scope="row", by="row", experts=False),
     pruning("random", score="random"),
     pruning("OBD 2:4", pattern="2:4", by="4"),
     pruning("Wanda 2:4", pattern="2:4", score="wanda", by="4", experts=False),
     pruning("OBD in blocks", pattern="4x1"),
-    pruning(
-        "movement in blocks, by layer", pattern="2x4", score="movement", scope="layer", by="weight"
-    ),
+    pruning("Taylor in blocks, by layer", pattern="2x4", score="taylor", scope="layer", by="weight"),
     pruning("magnitude of rows", pattern="row", score="magnitude"),
     Method("RigL", lambda: RigLCallback(SPARSITY, fraction=0.3, interval=2, end=8), by="weight"),
     quantization("4 bit, MSE", 4),

@@ -74,15 +74,6 @@ def obd(weight: Tensor, average: Tensor) -> Tensor:
     return weight.square() * average
 
 
-def movement(weight: Tensor, total: Tensor) -> Tensor:
-    """-sum of w * grad over all steps: high where training moves the weight away from zero.
-
-    The gradient is that of the masked weight, so the score of a pruned weight moves too. Equals
-    training a score parameter through the straight-through estimator with plain SGD.
-    """
-    return total
-
-
 def wanda(weight: Tensor, average: Tensor) -> Tensor:
     """|w| times the root of the moving average of the mean squared input of its column."""
     return weight.abs() * average.sqrt()
@@ -93,42 +84,12 @@ def random(weight: Tensor, noise: Tensor) -> Tensor:
     return noise
 
 
-def soft_movement(*, penalty: float = 1e-5, rate: float = 1e4) -> Score:
-    """Movement with the paper's penalty, `penalty * sigmoid(S)` added to the loss for each weight.
-
-    `rate` is the step of the plain SGD on S, so large because w * grad is so small: it must bring S
-    to the bend of the sigmoid, and the best one depends on the model. The penalty then lowers the
-    doubtful scores more than the sure ones. The paper prunes what is below a threshold, which makes
-    the sparsity an outcome; here the lowest are pruned, exactly as many as asked.
-
-    Raises ValueError for a negative penalty or a rate that is not positive.
-    """
-    if not penalty >= 0 or not rate > 0:
-        raise ValueError(
-            f"`penalty` is {penalty} and `rate` {rate}: both are positive numbers, such as 1e-5 and "
-            "1e4."
-        )
-
-    def accumulate(total: Tensor, weight: Tensor, grad: Tensor, decay: float) -> Tensor:
-        sigmoid = total.sigmoid()
-        step = (1 - sigmoid).mul_(sigmoid).mul_(penalty).add_(weight * grad)
-        return total.add_(step, alpha=-rate)
-
-    return Score(
-        name="soft_movement", paper="arXiv:2005.07683", formula=movement, accumulate=accumulate
-    )
-
-
 def _accumulate_taylor(average: Tensor, weight: Tensor, grad: Tensor, decay: float) -> Tensor:
     return average.lerp_((weight * grad).abs_(), 1.0 - decay)
 
 
 def _accumulate_fisher(average: Tensor, weight: Tensor, grad: Tensor, decay: float) -> Tensor:
     return average.mul_(decay).addcmul_(grad, grad, value=1.0 - decay)
-
-
-def _accumulate_movement(total: Tensor, weight: Tensor, grad: Tensor, decay: float) -> Tensor:
-    return total.sub_(weight * grad)
 
 
 def _accumulate_inputs(average: Tensor, weight: Tensor, squares: Tensor, decay: float) -> Tensor:
@@ -141,13 +102,6 @@ SCORES = {
         Score(name="magnitude", paper="arXiv:1506.02626", formula=magnitude),
         Score(name="taylor", paper="arXiv:1611.06440", formula=taylor, accumulate=_accumulate_taylor),
         Score(name="obd", paper="arXiv:2203.07259", formula=obd, accumulate=_accumulate_fisher),
-        Score(
-            name="movement",
-            paper="arXiv:2005.07683",
-            formula=movement,
-            accumulate=_accumulate_movement,
-        ),
-        soft_movement(),
         Score(
             name="wanda",
             paper="arXiv:2306.11695",

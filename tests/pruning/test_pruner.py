@@ -35,7 +35,7 @@ def begin(net, optimizer, *, done=0, **settings):
 
 PATTERNS = [
     {"pattern": "2:4"},
-    {"pattern": "1:4", "score": "movement"},
+    {"pattern": "1:4", "score": "taylor"},
     {"pattern": "4x1", "sparsity": 0.7},
     {"pattern": "row", "sparsity": 0.5, "score": "taylor"},
     {"pattern": "2x2", "sparsity": 0.6, "scope": "row"},

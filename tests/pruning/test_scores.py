@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.constraint import constrain
 from hf_compress.pruning.input_squares import InputSquares
 from hf_compress.pruning.pruner import Pruner
-from hf_compress.pruning.scores import SCORES, Noise, find_score, soft_movement
+from hf_compress.pruning.scores import SCORES, Noise, Score, find_score
 from hf_compress.targets import find_targets
 
 STEPS, INTERVAL = 24, 3
@@ -58,13 +58,15 @@ class Masked(torch.autograd.Function):
         return grad, None
 
 
-@pytest.mark.parametrize(
-    ("score", "rate", "penalty"),
-    [("movement", 1.0, 0.0), (soft_movement(penalty=0.02, rate=3.0), 3.0, 0.02)],
-)
-def test_movement_is_training_the_scores_of_parametrized_masks(score, rate, penalty):
+def test_a_score_of_your_own_such_as_movement_is_training_the_scores_of_parametrized_masks():
+    movement = Score(
+        name="movement",
+        paper="arXiv:2005.07683",
+        formula=lambda weight, total: total,
+        accumulate=lambda total, weight, grad, decay: total.sub_(weight * grad),
+    )
     ours = network()
-    statistics = prune(ours, score)
+    statistics = prune(ours, movement)
 
     usual = network()
     layers = (usual[0], usual[2])
@@ -76,8 +78,6 @@ def test_movement_is_training_the_scores_of_parametrized_masks(score, rate, pena
         x, y = batch(step)
         shown = [w * Masked.apply(s, m) for w, s, m in zip(latent, scores, masks, strict=True)]
         loss = (torch.tanh(x @ shown[0].t()) @ shown[1].t() - y).square().mean()
-        if penalty:
-            loss = loss + penalty * sum(torch.sigmoid(s).sum() for s in scores)
         for tensor in (*latent, *scores):
             tensor.grad = None
         loss.backward()
@@ -85,7 +85,7 @@ def test_movement_is_training_the_scores_of_parametrized_masks(score, rate, pena
         with torch.no_grad():
             before = [s.clone() for s in scores]
             for s in scores:
-                s -= rate * s.grad
+                s -= s.grad
         if (step + 1) % INTERVAL == 0:
             flat = torch.cat([s.detach().flatten() for s in scores])
             pruned = round(0.6 * (step + 1) / STEPS * len(flat))
@@ -93,23 +93,10 @@ def test_movement_is_training_the_scores_of_parametrized_masks(score, rate, pena
             masks = [(s.detach() > threshold).float() for s in scores]
     for layer, w, m in zip((ours[0], ours[2]), latent, masks, strict=True):
         assert (layer.weight != 0).equal(m.bool())
-        if penalty:  # torch adds the two parts of the scores' gradient in another order
-            torch.testing.assert_close(layer.weight, (w * m).detach())
-        else:
-            assert layer.weight.equal((w * m).detach())
+        assert layer.weight.equal((w * m).detach())
     # The last statistics we could see are those of the step before the last ranking.
     for ours_s, usual_s in zip(statistics, before, strict=True):
-        if penalty:
-            torch.testing.assert_close(ours_s, usual_s)
-        else:
-            assert ours_s.equal(usual_s)
-
-
-def test_the_penalty_lowers_doubtful_scores_most():
-    total = torch.tensor([-9.0, 0.0, 9.0])
-    soft_movement(penalty=1.0, rate=1.0).accumulate(total, torch.zeros(3), torch.zeros(3), 0.9)
-    torch.testing.assert_close(total[1], torch.tensor(-0.25))  # sigmoid'(0)
-    assert abs(float(total[2]) - 9) < 1e-3 > abs(float(total[0]) + 9)
+        assert ours_s.equal(usual_s)
 
 
 def test_taylor_and_obd_are_moving_averages():
@@ -258,9 +245,6 @@ def test_zeros_that_are_there_at_the_start_stay_whatever_the_score(score):
 def test_refusals():
     with pytest.raises(ValueError, match="'wanda'.*or a `Score` of your own"):
         find_score("snip")
-    for wrong in ({"rate": 0.0}, {"penalty": -1.0}, {"penalty": float("nan")}):
-        with pytest.raises(ValueError, match="both are positive numbers"):
-            soft_movement(**wrong)
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     with pytest.raises(ValueError, match="InputSquares"):
