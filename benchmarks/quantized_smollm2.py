@@ -6,13 +6,14 @@
 
 Methods: `dense`; `nf4`, `fp4` and `int8` of bitsandbytes; `torchao-BITS` and `auto-round-BITS`, the
 second in an environment of its own (`pip install torch==2.13.0 auto-round`), with `--group_size`; and
-ours as KIND-GRID-BITS: `rtn` rounds to nearest, `gptq` does so with calibration, and `trained` goes on
-from there, distilled from the dense model. Grids are symmetric, as those of torchao and auto-round are
-by default, but for minmax and median, which have zero points. The output layer, which is the embedding
-too, stays dense for all. The GGUF's weights lie on a 4-bit grid, which would look free; so the dense
-model is first trained a little in fp32, and all methods start from that. Training, calibration and
-evaluation read different books. What is done is kept in the cache, so that a stopped run goes on where
-it was. Prints JSON; `file_bytes` is null where the method was measured without writing its file.
+ours as KIND-GRID-BITS: `rtn` rounds to nearest, `gptq` does so with calibration, `trained` trains on
+the grid, distilled from the dense model, and `gptq-trained` begins that where GPTQ ended. Grids are
+symmetric, as those of torchao and auto-round are by default, but for minmax and median, which have
+zero points. The output layer, which is the embedding too, stays dense for all. The GGUF's weights lie
+on a 4-bit grid, which would look free; so the dense model is first trained a little in fp32, and all
+methods start from that. Training, calibration and evaluation read different books. What is done is
+kept in the cache, so that a stopped run goes on where it was. Prints JSON; `file_bytes` is null where
+the method was measured without writing its file.
 """
 
 import argparse
@@ -51,7 +52,12 @@ AFFINE = ("minmax", "median")
 OURS = tuple(
     f"{kind}-{grid}-{bits}"
     for bits in (8, 4, 3, 2)
-    for kind, grids in (("rtn", GRIDS), ("gptq", ("mse",)), ("trained", ("mse",)))
+    for kind, grids in (
+        ("rtn", GRIDS),
+        ("gptq", ("mse",)),
+        ("trained", ("mse",)),
+        ("gptq-trained", ("mse",)),
+    )
     for grid in grids
 )
 
@@ -130,8 +136,27 @@ def by_auto_round(method, folder, written, data, options):
     return AutoModelForCausalLM.from_pretrained(config.parent, dtype=torch.float32), None
 
 
+def train_on(model, folder, scheme, grids, data, options):
+    """Trains the model on its grids, or where there are none on those of the scheme; returns them."""
+    set_seed(0)
+    callback = QuantizationCallback(**scheme, grids=grids, learn_scale=options.learn_scale)
+    with tempfile.TemporaryDirectory() as output:
+        arguments = DistillationArguments(
+            **settings(output, options, options.steps), bf16=options.bf16, alpha=options.alpha
+        )
+        DistillationTrainer(
+            model,
+            arguments,
+            teacher=str(folder),
+            train_dataset=dataset(data["train"]),
+            callbacks=[callback],
+        ).train()
+    callback.remove_hooks()
+    return callback.grids
+
+
 def by_us(method, folder, written, data, options):
-    kind, grid, bits = method.split("-")
+    *kinds, grid, bits = method.split("-")
     scheme = {
         "bits": int(bits),
         "group_size": options.group_size,
@@ -139,26 +164,14 @@ def by_us(method, folder, written, data, options):
         "symmetric": grid not in AFFINE,
     }
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if kind == "trained":
-        set_seed(0)
-        callback = QuantizationCallback(**scheme)
-        with tempfile.TemporaryDirectory() as output:
-            arguments = DistillationArguments(
-                **settings(output, options, options.steps), bf16=options.bf16, alpha=options.alpha
-            )
-            trainer = DistillationTrainer(
-                model,
-                arguments,
-                teacher="self",
-                train_dataset=dataset(data["train"]),
-                callbacks=[callback],
-            )
-            trainer.train()
-        callback.remove_hooks()
-        grids = callback.grids
-    else:
+    grids = None
+    if kinds[0] == "rtn":
+        grids = quantize_oneshot_(model, **scheme)
+    elif kinds[0] == "gptq":
         batches = [{"input_ids": part} for part in data["calibration"].split(4)]
-        grids = quantize_oneshot_(model, batches if kind == "gptq" else None, method=kind, **scheme)
+        grids = quantize_oneshot_(model, batches, method="gptq", **scheme)
+    if kinds[-1] == "trained":
+        grids = train_on(model, folder, scheme, grids, data, options)
     save_quantized(model, written, grids=grids)
     return model, file_bytes(written)
 
@@ -196,6 +209,7 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tuning_steps", type=int, default=100, help="of the dense model, in fp32")
     parser.add_argument("--steps", type=int, default=300, help="of training on the grid")
+    parser.add_argument("--learn_scale", action="store_true", help="in that training")
     parser.add_argument("--bf16", action="store_true", help="autocast in that training")
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--alpha", type=float, default=0.9)
@@ -212,7 +226,7 @@ def main():
         "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
     }
     folder = tuned(train, options)
-    cut = ("group_size", "steps", "bf16", "learning_rate", "alpha", "auto_round_iters")
+    cut = ("group_size", "steps", "learn_scale", "bf16", "learning_rate", "alpha", "auto_round_iters")
     cut += ("calibration_rows", "evaluation_rows")
     runs = folder.with_name("-".join([folder.name, *(str(vars(options)[name]) for name in cut)]))
     found = {
