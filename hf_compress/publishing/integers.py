@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from hf_compress.publishing.audit import Audit, audit, count_tensor
+from hf_compress.publishing.naming import general_name
 from hf_compress.publishing.pictures import CODES, draw_codes
 from hf_compress.quantization.analysis import WeightAnalysis
 from hf_compress.quantization.grids import Grid, GroupSize, dequantize, grouped, quantize
@@ -109,31 +109,51 @@ def inspect_integers(
     }
     if format == "dense":
         return audit(folder, targets=targets), part
-    stored = audit(folder)
+    weights = {name: found.weight for name, found in opened.items()}
+    widths = {name: grid.bits for name, grid in grids.items()}
+    counted = count_as_weights(audit(folder), model, weights, widths)
+    return replace(counted, targets=tuple(targets)), part
+
+
+def reopen(folder: Path, kind: Any, format: str) -> PreTrainedModel:
+    """The model of class `kind` that `save_quantized` wrote to `folder` in `format`, its integers as
+    floats: see `float_weight`."""
+    packed = format == "compressed-tensors"
+    settings = CompressedTensorsConfig(dequantize=True) if packed else None
+    return kind.from_pretrained(folder, quantization_config=settings)
+
+
+def float_weight(model: PreTrainedModel, name: str) -> Tensor:
+    """One weight of a model that was reopened."""
+    param: Any = model.get_parameter(name)
+    is_torchao = bool(is_traceable_wrapper_subclass(param))
+    return param.dequantize() if is_torchao else param.detach()
+
+
+def count_as_weights(
+    stored: Audit, model: PreTrainedModel, weights: Mapping[str, Tensor], bits: Mapping[str, int]
+) -> Audit:
+    """The audit of files of integers, with these `weights` counted instead of what they are stored as,
+    with the bytes of that. bits: by the same names. model: tells the names of the files."""
     tensors = dict(stored.tensors)
-    for name, grid in grids.items():
+    for name in weights:
         # Experts are stacked in the model, and have files of their own.
-        for written, weight in revert_weight_conversion(model, {name: opened[name].weight}).items():
+        for written, weight in revert_weight_conversion(model, {name: weights[name]}).items():
             layer = written.removesuffix("weight")
             keys = [key for key in tensors if key.startswith((f"{layer}weight", f"{layer}_weight_"))]
             size = sum(tensors.pop(key).bytes for key in keys)
-            counted = count_tensor(weight)
-            tensors[written] = replace(counted, dtype=f"int{grid.bits}", bytes=size)
-    return replace(stored, tensors=tensors, targets=tuple(targets)), part
+            tensors[written] = replace(count_tensor(weight), dtype=f"int{bits[name]}", bytes=size)
+    return replace(stored, tensors=tensors)
 
 
 def _open(
     folder: Path, model: PreTrainedModel, grids: Mapping[str, Grid], format: str
 ) -> dict[str, _Opened]:
-    packed = format == "compressed-tensors"
-    settings = CompressedTensorsConfig(dequantize=True) if packed else None
-    reopened = type(model).from_pretrained(folder, quantization_config=settings)
+    reopened = reopen(folder, type(model), format)
     targets = find_targets(model, list(grids)).targets
     opened = {}
     for name, grid in grids.items():
-        param: Any = reopened.get_parameter(name)
-        is_torchao = bool(is_traceable_wrapper_subclass(param))
-        weight = param.dequantize() if is_torchao else param.detach()
+        weight = float_weight(reopened, name)
         dim = targets[name].input_dim
         # One scale for each output feature is a group of all its inputs.
         whole = grid.scale.shape[-2:] == (1, 1)
@@ -181,13 +201,9 @@ def _alike(opened: Mapping[str, _Opened]) -> dict[tuple[object, ...], list[str]]
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, found in opened.items():
         symmetric = found.grid.zero_point is None
-        key = (_general(name), found.grid.bits, found.groups.shape[-1], symmetric)
+        key = (general_name(name), found.grid.bits, found.groups.shape[-1], symmetric)
         kinds.setdefault(key, []).append(name)
     return kinds
-
-
-def _general(name: str) -> str:
-    return re.sub(r"\d+", "N", name.removesuffix(".weight"))
 
 
 def _kind(
@@ -210,7 +226,7 @@ def _kind(
         )
         error = moved / norm if norm else 0.0
     return Kind(
-        name=_general(names[0]),
+        name=general_name(names[0]),
         weights=len(names),
         parameters=parameters,
         bits=grid.bits,

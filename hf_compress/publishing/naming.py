@@ -1,10 +1,14 @@
-"""Under which names the files hold the weights of a model."""
+"""Under which names the files hold the weights of a model, and which of them are alike."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -31,3 +35,17 @@ def written_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[s
                     "dense, or publish the model without its trainer: no sparsity is claimed then."
                 )
     return written
+
+
+def general_name(name: str) -> str:
+    """One name for weights that differ in numbers only, as those of one layer and the next."""
+    return re.sub(r"\d+", "N", name.removesuffix(".weight"))
+
+
+def cached_revision(repo_id: str | None) -> str | None:
+    """The commit of a model of the Hub that was loaded here, where only one has ever been."""
+    if repo_id is None:
+        return None
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    commits = [path.name for path in (cache / "snapshots").glob("*")]
+    return commits[0] if len(commits) == 1 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,11 +26,13 @@ from hf_compress.measure import (
 )
 from hf_compress.publishing.audit import Audit, audit
 from hf_compress.publishing.card import hub_id, render
+from hf_compress.publishing.differences import float_weights, structure_of
 from hf_compress.publishing.evaluation import accepted_by_all, first_batch, rows, trainer_scores
 from hf_compress.publishing.folder import check_target, move_into_place, on_main_process, workplace
 from hf_compress.publishing.integers import inspect_integers
-from hf_compress.publishing.naming import written_as
-from hf_compress.publishing.pictures import CODES, HISTORY, LAYERS, draw_history, draw_layers
+from hf_compress.publishing.metadata import check_license
+from hf_compress.publishing.naming import cached_revision, written_as
+from hf_compress.publishing.pictures import draw_all
 from hf_compress.publishing.recipe import (
     Recipe,
     bits_of,
@@ -40,8 +42,7 @@ from hf_compress.publishing.recipe import (
     recipe_of,
     teacher_of,
 )
-from hf_compress.publishing.validate import check_license, validate
-from hf_compress.quantization.analysis import ERRORS, HISTOGRAMS
+from hf_compress.publishing.validate import validate
 from hf_compress.quantization.export import save_quantized
 
 
@@ -56,6 +57,10 @@ class _Labels:
     metric: str | None
     license: str | None
     license_name: str | None
+    license_link: str | None
+    language: list[str] | None
+    dataset_revision: str | None
+    evaluation: Mapping[str, Any] | None
 
 
 def publish(
@@ -69,10 +74,14 @@ def publish(
     processing_class: Any = None,
     base_model: str | None = None,
     dataset: str | None = None,
+    dataset_revision: str | None = None,
     split: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     metric: str | None = None,
+    language: str | Sequence[str] | None = None,
     license: str | None = None,
     license_name: str | None = None,
+    license_link: str | None = None,
     memory: bool = False,
     format: str = "dense",
     push: bool = False,
@@ -90,9 +99,13 @@ def publish(
     inputs: batch to time one forward pass of; by default the first of the trainer's eval dataset.
     processing_class: tokenizer or processor to save; by default the trainer's.
     base_model: hub id of the model it began with; by default the name in the config.
-    dataset, split: what was evaluated on, for the card.
+    dataset, dataset_revision, split: what was evaluated on, for the card.
+    evaluation: how its rows were made, as the fields of `hf_compress.cli.rows.Evaluation`, so that
+        `hf-compress verify` can make them again.
     metric: the score of the card's first sentence; by default the first that is no loss.
-    license, license_name: licence identifier of the Hub; "other" needs a name.
+    language: ISO 639 codes of what the model reads, such as "en".
+    license, license_name, license_link: licence identifier of the Hub; "other" needs a name, and may
+        have a link.
     memory: measure the peak memory too, loading each model in a process of its own.
     format: how weights that a `QuantizationCallback` trained on integer grids are written, see
         `hf_compress.quantization.export.save_quantized`. "dense", the default: floats on the grid.
@@ -114,7 +127,7 @@ def publish(
     model = source if trainer is None else trainer.accelerator.unwrap_model(trainer.model)
     baseline = baseline if baseline is not None else teacher_of(trainer)
     _check(trainer, model, baseline, repo_id)
-    check_license(license, license_name)
+    check_license(license, license_name, license_link)
     grids = grids_of(trainer)
     if format != "dense" and not grids:
         raise ValueError(
@@ -138,7 +151,17 @@ def publish(
         if processing_class is None and trainer is not None:
             processing_class = trainer.processing_class
         labels = _Labels(
-            repo_id or folder.name, base_model, dataset, split, metric, license, license_name
+            repo_id or folder.name,
+            base_model,
+            dataset,
+            split,
+            metric,
+            license,
+            license_name,
+            license_link,
+            [language] if isinstance(language, str) else language and list(language),
+            dataset_revision,
+            evaluation,
         )
 
         def write() -> None:
@@ -171,7 +194,9 @@ def publish(
                 "history": history,
             }
             measured = _measure(place, found, model, baseline, scores, inputs, memory)
-            _write(place, report | _results(measured, metric), found)
+            compressed = list(dict.fromkeys([*recipe.weights, *recipe.grids]))
+            weights = [float_weights(each, compressed) for each in (baseline, model)]
+            _write(place, report | _results(measured, metric), weights)
             validate(place)
             move_into_place(folder)
 
@@ -261,11 +286,23 @@ def _report(
         "name": labels.name,
         "class_name": class_name,
         "pipeline_tag": _pipeline_tag(class_name),
-        "base_model": {"id": hub_id(base), "name": hub_id(base) or (base and Path(base).name)},
+        "base_model": {
+            "id": hub_id(base),
+            "name": hub_id(base) or (base and Path(base).name),
+            "revision": cached_revision(hub_id(base)),
+        },
         "relation": "finetune" if bits_of(model) is None and format == "dense" else "quantized",
         "quantized": bits_of(model),
-        "license": {"id": labels.license, "name": labels.license_name},
-        "dataset": {"name": labels.dataset, "split": labels.split, "rows": rows(trainer)},
+        "license": {"id": labels.license, "name": labels.license_name, "link": labels.license_link},
+        "language": labels.language,
+        "dataset": {
+            "name": labels.dataset,
+            "revision": labels.dataset_revision,
+            "split": labels.split,
+            "rows": rows(trainer),
+        },
+        "evaluation": labels.evaluation and dict(labels.evaluation),
+        "structure": structure_of(model, baseline),
         "chance": _chance(model),
         "dense_name": None if baseline is None else _describe(baseline, trainer),
         "audit": found.to_dict(),
@@ -308,13 +345,12 @@ def _pipeline_tag(class_name: str) -> str | None:
     return None
 
 
-def _write(place: Path, report: Mapping[str, Any], found: Audit) -> None:
-    drawn = {
-        HISTORY: draw_history(report["history"], place / HISTORY),
-        LAYERS: draw_layers({n: found.tensors[n].sparsity for n in found.targets}, place / LAYERS),
-    }
-    (place / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    pictures = [name for name, done in drawn.items() if done]
-    pictures += [name for name in (CODES, ERRORS, HISTOGRAMS) if (place / name).is_file()]
-    card = render(report, pictures=pictures)
+def _write(place: Path, report: Mapping[str, Any], weights: Sequence[Sequence[Tensor]]) -> None:
+    """weights: the compressed ones, in the dense model and now."""
+    written = json.dumps(report, indent=1) + "\n"
+    (place / "report.json").write_text(written, encoding="utf-8")
+    # From what a reader finds, so that the card can be written again from there.
+    told = json.loads(written)
+    before, after = weights
+    card = render(told, pictures=draw_all(told, before, after, place))
     (place / "README.md").write_text(card, encoding="utf-8")

@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from hf_compress.distillation.cache.cells import Origin
 from hf_compress.publishing.audit import Audit
 from hf_compress.publishing.card import hub_id
+from hf_compress.publishing.naming import cached_revision
 from hf_compress.publishing.validate import LOCAL_PATH
 from hf_compress.quantization.grids import Grid
 from hf_compress.targets import find_targets
@@ -191,6 +192,9 @@ def _distillation(trainer: Any) -> dict[str, Any] | None:
             "teacher": ", ".join(names),
             "teacher's precision": ", ".join(dict.fromkeys(map(precision_of, teachers))),
         }
+        revisions = [cached_revision(hub_id(each.config.name_or_path)) for each in teachers]
+        if any(revisions):
+            told["teacher's revision"] = ", ".join(map(str, revisions))
     if trainer.matching.weights:
         told["matches"] = ", ".join(f"{n} (weight {w:g})" for n, w in trainer.matching.weights.items())
     if trainer.args.on_policy:

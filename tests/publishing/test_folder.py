@@ -15,7 +15,7 @@ from hf_compress import publish
 
 def test_one_folder_holds_all_and_nothing_more(published):
     names = {file.name for file in published.iterdir()}
-    pictures = {"sparsity.png", "layers.png"}
+    pictures = {"sparsity.png", "layers.png", "weights.png", "size_and_score.png"}
     assert names == WRITTEN | pictures | {"tokenizer.json", "tokenizer_config.json"}
     assert [file.name for file in published.parent.iterdir()] == [published.name]
     for name in pictures:

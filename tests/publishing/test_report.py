@@ -57,7 +57,8 @@ def test_both_models_are_scored_on_the_same_rows(trained, published):
         assert not {"loss", "loss_kd"} & scores.keys()
     ratio = report["compressed"]["metrics"]["accuracy"] / report["dense"]["metrics"]["accuracy"]
     assert report["recovery"]["accuracy"] == pytest.approx(100 * ratio)
-    assert report["dataset"] == {"name": "counting", "split": "test", "rows": 40}
+    assert report["dataset"] == {"name": "counting", "revision": None, "split": "test", "rows": 40}
+    assert report["structure"]["hidden_size"] == {"dense": 64, "compressed": 32}
     assert trained.model is not trained.teacher
 
 

@@ -1,0 +1,142 @@
+"""Batches to evaluate a published model on, from any of the datasets that the commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from hf_compress.cli.arguments import CompressArguments, DataArguments
+from hf_compress.cli.data import first_rows, held_out, load_all, tokenized
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How rows were made for an evaluation: what `report.json` keeps so that it can be done again.
+
+    split: name of the split; with `tenth_of` no split, but a tenth of the one of that name; None for
+        the only one, or "test" or "validation". text_column, label_column: of raw rows.
+    max_length: tokens of a row; None for as many as the model takes. rows: so many of them at random,
+        None for all. batch_size: rows of a batch, on which Trainer's mean of the loss depends.
+    """
+
+    split: str | None = None
+    tenth_of: str | None = None
+    dataset_config: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_length: int | None = None
+    rows: int | None = None
+    batch_size: int = 32
+
+    @classmethod
+    def of(cls, arguments: CompressArguments, *, split: str, batch_size: int) -> Evaluation:
+        """Of a command. split: what `load_splits` calls it."""
+        there = split == arguments.eval_split
+        return cls(
+            split=split if there else None,
+            tenth_of=None if there else arguments.train_split,
+            dataset_config=arguments.dataset_config,
+            text_column=arguments.text_column,
+            label_column=arguments.label_column,
+            max_length=arguments.max_length,
+            rows=arguments.max_eval_rows,
+            batch_size=batch_size,
+        )
+
+
+def load_rows(model: PreTrainedModel, folder: Path, data: str, how: Evaluation) -> Dataset:
+    """Rows that `batches` takes. Those that have the inputs of the model already stay as they are.
+
+    data: as `hf_compress.cli.arguments.DataArguments.dataset`. folder: of `model` and its tokenizer.
+
+    Raises ValueError for a split or column that is not there, labels that the model does not know, and
+    raw rows where the folder has no tokenizer.
+    """
+    arguments = DataArguments(model=str(folder), dataset=data, dataset_config=how.dataset_config)
+    splits = load_all(arguments)
+    name = how.split or next((n for n in ("test", "validation", *splits) if n in splits), "")
+    if how.tenth_of in splits:
+        rows = held_out(splits[how.tenth_of])[1]
+    elif name in splits:
+        rows = splits[name]
+    else:
+        raise ValueError(f"{data} has no split {name!r}: {sorted(splits)}.")
+    rows = first_rows(rows, how.rows)
+    if model.main_input_name in rows.column_names:
+        return rows
+    tokenizer = load_folder_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(
+            f"{data} has no column {model.main_input_name!r}, and the model no tokenizer: pass rows of "
+            "what the model takes."
+        )
+    causal = type(model).__name__.endswith("ForCausalLM")
+    for column in [how.text_column] if causal else [how.text_column, how.label_column]:
+        if column not in rows.column_names:
+            raise ValueError(f"{data} has no column {column!r}, only {rows.column_names}.")
+    arguments.text_column, arguments.label_column = how.text_column, how.label_column
+    arguments.max_length = how.max_length or _longest(model, tokenizer)
+    names = None if causal else _class_names(rows, how.label_column, model)
+    return tokenized(rows, tokenizer, arguments, names)
+
+
+def batches(rows: Dataset, folder: Path, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """In the order of the rows, padded to the longest row of each batch."""
+    tokenizer = load_folder_tokenizer(folder)
+    labelled = {"label", "labels"} & set(rows.column_names)
+    collate: Any = default_data_collator
+    if tokenizer is not None and "input_ids" in rows.column_names:
+        if not labelled:
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        elif not isinstance(rows[0]["labels" if "labels" in rows.column_names else "label"], list):
+            collate = DataCollatorWithPadding(tokenizer)
+    yield from DataLoader(rows, batch_size=batch_size, collate_fn=collate)
+
+
+def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """None where the folder has none."""
+    known = (folder / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(folder) if known else None
+
+
+def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    # Not every architecture counts positions, and not every tokenizer knows of its model's.
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return min(positions, tokenizer.model_max_length)
+
+
+def _class_names(rows: Dataset, column: str, model: PreTrainedModel) -> list[str]:
+    """Names in the order of the model's classes, as the rows write them: its own where these are used,
+    else those of the dataset, or numbers."""
+    feature, config = rows.features[column], cast(Any, model.config)
+    count: int = config.num_labels
+    own = [str(config.id2label[place]) for place in range(count)]
+    if isinstance(feature, ClassLabel):
+        used = set(feature.names)
+        if not used <= set(own) and len(feature.names) == count:
+            return list(feature.names)
+    else:
+        used = {str(value) for value in set(rows[column])}
+    numbers = [str(place) for place in range(count)]
+    for names in (own, numbers):
+        if used <= set(names):
+            return names
+    raise ValueError(
+        f"the labels {sorted(used)[:5]} of the rows are none of the model's {count}: {own[:5]}."
+    )
