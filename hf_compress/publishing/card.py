@@ -210,7 +210,7 @@ def _pruned(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     alike: dict[str, list[Mapping[str, Any]]] = {}
     for name in report["audit"]["targets"]:
         alike.setdefault(general_name(name), []).append(report["audit"]["tensors"][name])
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, tensors in alike.items():
         zeros, total = (sum(tensor[key] for tensor in tensors) for key in ("zeros", "numel"))
         rows.append((name, str(len(tensors)), f"{total:,}", f"{zeros / total:.4f}"))

@@ -21,7 +21,11 @@ WEIGHTS = "weights.png"
 TRADE = "size_and_score.png"
 CODES = "codes.png"
 
-_LOSSES = {"loss": "training loss", "loss_task": "of the task", "loss_kd": "to the teacher"}
+_LOSSES = {
+    "loss": "training loss",
+    "loss_task": "loss of the task",
+    "loss_kd": "distance to the teacher",
+}
 
 
 # In the order of the card; the last two are drawn by `hf_compress.quantization.analysis`.
@@ -106,7 +110,7 @@ def draw_weights(before: Sequence[Tensor], after: Sequence[Tensor], path: str | 
             (counts / total).tolist(), edges, label=told, fill=filled, alpha=0.6 if filled else 1
         )
     axes.set(xlabel="value of a weight", ylabel="fraction of the weights, zeros apart", yscale="log")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path)
     return True
 
@@ -129,7 +133,8 @@ def draw_trade(report: Mapping[str, Any], path: str | Path) -> bool:
         axes.set(xlabel=label, xlim=(0, 1.1 * max(sizes)))
     left.set(ylabel=metric)
     left.margins(y=0.3)
-    right.legend()
+    handles, names = right.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2)
     figure.savefig(path)
     return True
 

@@ -58,7 +58,7 @@ class _Labels:
     license: str | None
     license_name: str | None
     license_link: str | None
-    language: list[str] | None
+    language: Sequence[str] | None
     dataset_revision: str | None
     evaluation: Mapping[str, Any] | None
 
