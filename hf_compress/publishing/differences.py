@@ -25,7 +25,7 @@ def structure_of(model: PreTrainedModel, baseline: PreTrainedModel | None) -> di
 
 
 def float_weights(model: PreTrainedModel | None, names: Iterable[str]) -> list[Tensor]:
-    """Those of the weights `names` that `model` has, and not packed."""
+    """The values of those weights `names` that `model` has, and not packed."""
     parameters = {} if model is None else dict(model.named_parameters())
     found = (parameters[name] for name in names if name in parameters)
-    return [weight for weight in found if weight.is_floating_point()]
+    return [weight.detach() for weight in found if weight.is_floating_point()]

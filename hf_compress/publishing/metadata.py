@@ -78,10 +78,19 @@ def metadata_problems(
         if link is not None and not link.startswith("https://") and not (folder / link).is_file():
             yield f"license_link: there is no file {link!r} beside the card; put it there, or a link."
     expected = front_matter(report).to_dict()
-    for key in ("pipeline_tag", "library_name"):
+    for key in ("base_model", "datasets", "library_name", "metrics", "pipeline_tag"):
         if data.get(key) != expected.get(key):
-            yield f"{key}: {data.get(key)!r} is not that of the model, {expected.get(key)!r}."
-    yield from _index(data, report)
+            yield f"{key}: {data.get(key)!r} is not what the report says, {expected.get(key)!r}."
+    tags, told = set(data.get("tags") or []), set(expected.get("tags") or [])
+    for tag in sorted(told - tags):
+        yield f"tags: {tag!r}, which the report says, is missing."
+    for tag in sorted(tags - told):
+        if re.search(r"\d", tag):
+            yield f"tags: {tag!r} has a number that the report does not say; take it out."
+    wrong = list(_index(data, report))
+    yield from wrong
+    if not wrong and data.get("model-index") != expected.get("model-index"):
+        yield "model-index: it is not what the report says. Let `publish` write the card."
 
 
 def _types(data: Mapping[str, Any]) -> Iterator[str]:

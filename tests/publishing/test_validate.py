@@ -39,8 +39,25 @@ BREAKS = {
         "datasets: './data/counting' is no",
     ),
     "a language by its name": ("library_name:", "language: English\nlibrary_name:", "no ISO 639 code"),
-    "another task": ("pipeline_tag: text-class", "pipeline_tag: image-class", "not that of the model"),
+    "another task": (
+        "pipeline_tag: text-class",
+        "pipeline_tag: image-class",
+        "not what the report says",
+    ),
     "another library": ("library_name: transformers", "library_name: peft", "library_name: 'peft' is"),
+    "another base": (
+        "base_model: org/base",
+        "base_model: org/other",
+        "'org/other' is not what the report",
+    ),
+    "another dataset": ("datasets:\n- counting", "datasets:\n- adding", "datasets: ['adding'] is not"),
+    "a tag left out": ("- pruned\n", "", "tags: 'pruned', which the report says, is missing."),
+    "a tag of another size": ("- pruned\n", "- pruned\n- 4-bit\n", "tags: '4-bit' has a number"),
+    "another name in the index": (
+        "model-index:\n- name: me/",
+        "model-index:\n- name: you/",
+        "it is not what",
+    ),
     "a score in the index": ("      value: 0.", "      value: 7.", "model-index: accuracy is 7"),
     "an index without a task": ("      type: text-classification\n", "      name: x\n", "`task.type`"),
     "a mark": ("## Limits", "## Limits {{ x }}", "'{{' was left over; fill it in or take it out."),
@@ -103,6 +120,17 @@ def test_each_kind_of_badness_is_told_with_its_place(what, copied):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         validate(copied)
     assert re.search(r"\n- [\w ,/-]+: ", str(error.value))
+
+
+def test_every_digit_of_the_card_counts(copied):
+    card = copied / "README.md"
+    text = card.read_text()
+    digits = [place for place, sign in enumerate(text) if sign.isdigit()]
+    assert len(digits) > 300
+    for place in digits[::7]:
+        other = str((int(text[place]) + 1) % 10)
+        card.write_text(text[:place] + other + text[place + 1 :])
+        assert find_problems(copied), text[text.rindex("\n", 0, place) : text.index("\n", place)]
 
 
 def test_a_reader_may_add_words_but_no_numbers(copied):

@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from publishing.runs import read, settings, tokenizer
 from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
-from transformers import Trainer
+from transformers import AutoModelForSequenceClassification, Trainer
 
-from hf_compress import PruningCallback, QuantizationCallback, publish
+from hf_compress import PruningCallback, QuantizationCallback, load_quantized, publish
 from hf_compress.cli.verify import main
 from hf_compress.metrics.functions import accuracy
 from hf_compress.publishing.card import render
@@ -164,6 +164,19 @@ def test_integers_and_patterns_are_seen_in_the_files(format, on_grids, tmp_path,
     status, found = verify(capsys, told_otherwise(folder, tmp_path / "lie", fewer))
     assert status == 1
     assert {v for name, v in found.items() if name.endswith("3 bit: bits")} == {"NO"}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_packed_by_bitsandbytes_are_opened(bits, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    tiny_bert(hidden=64).save_pretrained(tmp_path / "dense")
+    packed = load_quantized(tmp_path / "dense", bits, AutoModelForSequenceClassification)
+    folder = publish(packed, folder=tmp_path / "out")
+    status, found = verify(capsys, folder)
+    assert (status, found["bits of the packed weights"], found["parameters"]) == (0, "yes", "yes")
+    lie = told_otherwise(folder, tmp_path / "lie", lambda r: r.update(quantized=12 - bits))
+    status, found = verify(capsys, lie)
+    assert (status, found["bits of the packed weights"]) == (1, "NO")
 
 
 def test_a_language_model_is_evaluated_as_the_trainer_did(tmp_path, capsys):
