@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from hf_compress.publishing.card import front_matter, hub_id
@@ -32,10 +31,8 @@ _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
 
 
 def check_license(identifier: str | None, name: str | None, link: str | None = None) -> None:
-    """Raises ValueError for a licence that the Hub does not know, or "other" without a name.
-
-    link: https, or the name of a file beside the card, as the Hub has it: LICENSE.
-    """
+    """Raises ValueError for a licence that the Hub does not know, or "other" without a name, and for a
+    link that is not https."""
     if identifier != "other":
         for setting, value in (("license_name", name), ("license_link", link)):
             if value is not None:
@@ -50,14 +47,12 @@ def check_license(identifier: str | None, name: str | None, link: str | None = N
         )
     if identifier == "other" and not name:
         raise ValueError("license='other' needs a `license_name`.")
-    if link is not None and not link.startswith("https://") and "/" in link:
-        raise ValueError(f"`license_link` {link!r} is neither https nor the name of a file: 'LICENSE'.")
+    if link is not None and not link.startswith("https://"):
+        raise ValueError(f"`license_link` {link!r} is not https: pass where the licence can be read.")
 
 
-def metadata_problems(
-    data: Mapping[str, Any], report: Mapping[str, Any], folder: Path
-) -> Iterator[str]:
-    """What is wrong with the front matter `data` of the card in `folder`: the key, and the mend."""
+def metadata_problems(data: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the front matter `data` of a card: the key, and the mend."""
     wrong = list(_types(data))
     yield from wrong
     if wrong:
@@ -69,14 +64,10 @@ def metadata_problems(
     for code in _listed(data.get("language")):
         if not _LANGUAGE.fullmatch(code):
             yield f"language: {code!r} is no ISO 639 code, such as 'en' or 'deu'."
-    link = data.get("license_link")
     try:
-        check_license(data.get("license"), data.get("license_name"), link)
+        check_license(data.get("license"), data.get("license_name"), data.get("license_link"))
     except ValueError as error:
         yield f"license: {error}"
-    else:
-        if link is not None and not link.startswith("https://") and not (folder / link).is_file():
-            yield f"license_link: there is no file {link!r} beside the card; put it there, or a link."
     expected = front_matter(report).to_dict()
     for key in ("base_model", "datasets", "library_name", "metrics", "pipeline_tag"):
         if data.get(key) != expected.get(key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,17 +95,21 @@ def draw_bits(bits: Mapping[str, int], path: str | Path) -> bool:
 
 def draw_weights(before: Sequence[Tensor], after: Sequence[Tensor], path: str | Path) -> bool:
     """The distribution of all values of the dense weights and of the compressed ones, those that are
-    zero apart. False when there are none."""
+    zero apart, up to six standard deviations of the dense ones. False when there are none."""
     if not before or not after:
         return False
     largest = max(float(weight.abs().max()) for weight in (*before, *after))
-    if not largest:
+    count = sum(weight.numel() for weight in before)
+    spread = math.sqrt(sum(float(weight.float().square().sum()) for weight in before) / count)
+    # A single outlier would leave all the others in one bar.
+    limit = min(largest, 6 * spread)
+    if not limit:
         return False
     figure = new_figure(7, 4)
     axes = figure.add_subplot()
     for weights, label, filled in ((before, "dense", False), (after, "compressed", True)):
-        counts, zeros, total = _histogram(weights, largest)
-        edges = torch.linspace(-largest, largest, len(counts) + 1).tolist()
+        counts, zeros, total = _histogram(weights, limit)
+        edges = torch.linspace(-limit, limit, len(counts) + 1).tolist()
         told = f"{label}, {zeros / total:.1%} exactly zero" if zeros else label
         axes.stairs(
             (counts / total).tolist(), edges, label=told, fill=filled, alpha=0.6 if filled else 1
@@ -173,12 +178,12 @@ def _save_tall(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=min(100, 20_000 / figure.get_figheight()))
 
 
-def _histogram(weights: Sequence[Tensor], largest: float) -> tuple[Tensor, int, int]:
-    """How many values are in each of 101 bins, the zeros left out; the zeros; and all."""
+def _histogram(weights: Sequence[Tensor], limit: float) -> tuple[Tensor, int, int]:
+    """How many values up to `limit` are in each of 101 bins, the zeros left out; the zeros; and all."""
     counts, zeros, total = torch.zeros(101, dtype=torch.float64), 0, 0
     for weight in weights:
         values = weight.detach().float().flatten().cpu()
         alive = values[values != 0]
-        counts += torch.histc(alive, 101, -largest, largest).double()
+        counts += torch.histc(alive, 101, -limit, limit).double()
         zeros, total = zeros + len(values) - len(alive), total + len(values)
     return counts, zeros, total

@@ -46,7 +46,7 @@ def _problems(text: str, report: Mapping[str, Any], folder: Path) -> Iterator[st
         yield f"front matter: cannot be read ({error}). It is YAML between two lines of '---'."
     else:
         if isinstance(data, dict):
-            wrong = list(metadata_problems(data, report, folder))
+            wrong = list(metadata_problems(data, report))
             yield from wrong or _round_trip(text)
         else:
             yield "front matter: there is none. It is YAML between two lines of '---' at the top."

@@ -28,10 +28,10 @@ BREAKS = {
     "another relation": ("relation: finetune", "relation: adapter", "'adapter' is not what was done"),
     "an unknown licence": ("license: apache-2.0", "license: mine", "license: `license` 'mine'"),
     "a licence without a name": ("license: apache-2.0", "license: other", "needs a `license_name`"),
-    "a licence link to nothing": (
+    "a licence link to a file": (
         "license: apache-2.0",
         "license: other\nlicense_name: ours\nlicense_link: LICENSE",
-        "license_link: there is no file 'LICENSE' beside the card; put it there",
+        "license: `license_link` 'LICENSE' is not https",
     ),
     "a dataset on this machine": (
         "- counting",
@@ -181,7 +181,7 @@ def test_what_a_user_tells_is_in_the_front_matter(copied):
         (("other", None, None), "needs a `license_name`"),
         ((None, "ours", None), "`license_name` 'ours' needs license='other'"),
         (("mit", None, "LICENSE"), "`license_link` 'LICENSE' needs license='other'"),
-        (("other", "ours", "/home/me/LICENSE"), "neither https nor the name of a file"),
+        (("other", "ours", "/home/me/LICENSE"), "'/home/me/LICENSE' is not https"),
     ],
 )
 def test_licences_are_checked_before_any_work(given, message):
