@@ -11,8 +11,8 @@ the grid, distilled from the dense model, and `gptq-trained` begins that where G
 symmetric, as those of torchao and auto-round are by default, but for minmax and median, which have
 zero points. The output layer, which is the embedding too, stays dense for all. The GGUF's weights lie
 on a 4-bit grid, which would look free; so the dense model is first trained a little in fp32, and all
-methods start from that. Training, calibration and evaluation read different books. What is done is
-kept in the cache, so that a stopped run goes on where it was. Prints JSON; `file_bytes` is null where
+methods start from that. Calibration and training read different parts of one collection, evaluation
+another book. What is done is kept in the cache, so that a stopped run goes on where it was. Prints JSON; `file_bytes` is null where
 the method was measured without writing its file.
 """
 
@@ -83,7 +83,8 @@ def dataset(ids):
 
 def tuned(ids, options):
     """Folder of the dense model after a little training in fp32; made once and kept in the cache."""
-    folder = CACHE / f"smollm2-{options.tuning_steps}-steps-{options.batch}x{options.length}"
+    size = f"{options.batch}x{options.length}-of-{options.train_rows}"
+    folder = CACHE / f"smollm2-{options.tuning_steps}-steps-{size}-{options.learning_rate}"
     if not (folder / "config.json").exists():
         model, tokenizer = load()
         with tempfile.TemporaryDirectory() as output:
@@ -213,16 +214,20 @@ def main():
     parser.add_argument("--bf16", action="store_true", help="autocast in that training")
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--alpha", type=float, default=0.9)
+    parser.add_argument("--train_rows", type=int, default=400)
     parser.add_argument("--calibration_rows", type=int, default=32)
     parser.add_argument("--evaluation_rows", type=int, default=64)
     parser.add_argument("--peer_python", help="the Python that auto-round is installed for")
     parser.add_argument("--auto_round_iters", type=int, default=200, help="its default is 200")
     options = parser.parse_args()
     _, tokenizer = load()
-    train = rows(tokenizer, "andersen", options.batch * 100, options.length)
+    prose = rows(
+        tokenizer, "book-excerpts", options.calibration_rows + options.train_rows, options.length
+    )
+    train = prose[options.calibration_rows :]
     data = {
         "train": train,
-        "calibration": rows(tokenizer, "book-excerpts", options.calibration_rows, options.length),
+        "calibration": prose[: options.calibration_rows],
         "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
     }
     folder = tuned(train, options)
