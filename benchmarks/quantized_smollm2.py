@@ -12,8 +12,8 @@ symmetric, as those of torchao and auto-round are by default, but for minmax and
 zero points. The output layer, which is the embedding too, stays dense for all. The GGUF's weights lie
 on a 4-bit grid, which would look free; so the dense model is first trained a little in fp32, and all
 methods start from that. Calibration and training read different parts of one collection, evaluation
-another book. What is done is kept in the cache, so that a stopped run goes on where it was. Prints JSON; `file_bytes` is null where
-the method was measured without writing its file.
+another book. What is done is kept in the cache, so that a stopped run goes on where it was. Prints
+JSON; `file_bytes` is null where the method was measured without writing its file.
 """
 
 import argparse
