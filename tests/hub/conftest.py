@@ -1,0 +1,3 @@
+from hub.fixtures import client, hub, running_hub
+
+__all__ = ["client", "hub", "running_hub"]
