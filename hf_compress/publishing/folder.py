@@ -6,9 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
 
 
 def check_target(folder: Path) -> None:
@@ -47,13 +50,15 @@ def move_into_place(folder: Path) -> None:
         workplace(folder).rename(folder)
 
 
-def on_main_process(action: Callable[[], None]) -> None:
-    """Runs `action` on rank 0 only; where it fails, every rank raises, and none waits for ever."""
+def on_main_process(action: Callable[[], T]) -> T | None:
+    """Runs `action` on rank 0 only and returns what it returns there, None on the others; where it
+    fails, every rank raises, and none waits for ever."""
     state = PartialState()
     failure: Exception | None = None
+    done: T | None = None
     if state.is_main_process:
         try:
-            action()
+            done = action()
         except Exception as error:
             failure = error
     message = [None if failure is None else f"{type(failure).__name__}: {failure}"]
@@ -63,6 +68,7 @@ def on_main_process(action: Callable[[], None]) -> None:
         raise failure
     if message[0] is not None:
         raise RuntimeError(f"rank 0 failed with {message[0]}")
+    return done
 
 
 def _is_ours(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from accelerate import PartialState
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ from hf_compress.measure import (
 )
 from hf_compress.publishing.audit import Audit, audit
 from hf_compress.publishing.card import hub_id, render
+from hf_compress.publishing.destination import Destination
 from hf_compress.publishing.differences import float_weights, structure_of
 from hf_compress.publishing.evaluation import accepted_by_all, first_batch, rows, trainer_scores
 from hf_compress.publishing.folder import check_target, move_into_place, on_main_process, workplace
@@ -33,6 +35,7 @@ from hf_compress.publishing.integers import inspect_integers
 from hf_compress.publishing.metadata import check_license
 from hf_compress.publishing.naming import cached_revision, written_as
 from hf_compress.publishing.pictures import draw_all
+from hf_compress.publishing.push import send
 from hf_compress.publishing.recipe import (
     Recipe,
     bits_of,
@@ -67,7 +70,12 @@ def publish(
     source: Any,
     repo_id: str | None = None,
     *,
-    folder: str | Path,
+    folder: str | Path | None = None,
+    push: bool = True,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
     baseline: PreTrainedModel | None = None,
     evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
@@ -84,15 +92,20 @@ def publish(
     license_link: str | None = None,
     memory: bool = False,
     format: str = "dense",
-    push: bool = False,
 ) -> Path:
-    """Writes the model, `report.json`, `README.md` and pictures to `folder`, and returns it.
+    """Writes the model, `report.json`, `README.md` and pictures to `folder`, sends it to `repo_id` on
+    the Hub in one commit, and returns the folder.
 
     Every number comes from measurements made here, and from the written files, opened again. The
     callbacks, the arguments and the teacher of a trainer tell how the model was made.
 
     source: a Trainer after training, or a model.
-    repo_id: name of the model in the card, "org/name" or "name"; by default that of `folder`.
+    repo_id: "org/name" or "name" on the Hub, and the name in the card; by default that of `folder`,
+        and then nothing is sent.
+    folder: by default the name of the model, in the working directory. What it holds can be sent again
+        by `hf_compress.publishing.push.push_folder`, which is also how a push that failed goes on.
+    push: False writes the folder only.
+    private, revision, create_pr, token: see `hf_compress.publishing.destination.Destination`.
     baseline: the dense model, measured in the same way; by default the teacher of a distilling
         trainer. It is moved to the trainer's device.
     evaluate: function of a model to its scores by name; by default what the trainer evaluates.
@@ -111,18 +124,22 @@ def publish(
         `hf_compress.quantization.export.save_quantized`. "dense", the default: floats on the grid.
 
     All is prepared beside `folder` and moved into place at the end. `folder` may hold an earlier
-    result of this function. On several ranks call it on each; the first one writes.
+    result of this function. On several ranks call it on each; the first one writes and sends.
 
     Raises before any work FileExistsError or OSError for a `folder` that cannot take it, ValueError
-    and TypeError for other arguments, NotImplementedError for `push`, FSDP and DeepSpeed. Raises
-    ValueError when the files are denser than was asked, or the card would not be true or valid.
+    and TypeError for other arguments, NotImplementedError for FSDP and DeepSpeed, PushError for what
+    the Hub would refuse. Raises ValueError when the files are denser than was asked, or the card would
+    not be true or valid, and PushError for a push that failed, with the folder whole.
     """
-    if push:
-        raise NotImplementedError(
-            f"Pushing is not there yet. Publish to a folder, then: hf upload {repo_id} {folder}"
-        )
+    if folder is None and repo_id is None:
+        raise ValueError("Where to? Pass a `repo_id` of the Hub, a `folder`, or both.")
+    to = None
+    if push and repo_id is not None:
+        to = Destination(repo_id, private, revision, create_pr, token)
+    elif private or revision or create_pr:
+        raise ValueError("Nothing is to be sent: pass a `repo_id`, or no more than a `folder`.")
     # Without "..", so that the folder has a name.
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.abspath(folder or str(repo_id).rpartition("/")[2]))
     trainer = None if isinstance(source, nn.Module) else source
     model = source if trainer is None else trainer.accelerator.unwrap_model(trainer.model)
     baseline = baseline if baseline is not None else teacher_of(trainer)
@@ -137,6 +154,8 @@ def publish(
     input_grids = input_grids_of(trainer, format)
     on_main_process(lambda: check_target(folder))
     try:
+        if to is not None:
+            to = on_main_process(to.checked) or to
         history = [] if trainer is None else list(trainer.state.log_history)
         recipe = recipe_of(trainer)
         if evaluate is None:
@@ -151,7 +170,7 @@ def publish(
         if processing_class is None and trainer is not None:
             processing_class = trainer.processing_class
         labels = _Labels(
-            repo_id or folder.name,
+            to.repo_id if to else repo_id or folder.name,
             base_model,
             dataset,
             split,
@@ -203,6 +222,9 @@ def publish(
         on_main_process(write)
     finally:
         on_main_process(lambda: shutil.rmtree(workplace(folder), ignore_errors=True))
+    # Others do not wait for it: an upload may outlast their patience.
+    if to is not None and PartialState().is_main_process:
+        send(folder, to)
     return folder
 
 

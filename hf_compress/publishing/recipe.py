@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from hf_compress.distillation.cache.cells import Origin
 from hf_compress.publishing.audit import Audit
 from hf_compress.publishing.card import hub_id
+from hf_compress.publishing.destination import without_tokens
 from hf_compress.publishing.naming import cached_revision
 from hf_compress.publishing.validate import LOCAL_PATH
 from hf_compress.quantization.grids import Grid
@@ -235,7 +236,7 @@ def _command() -> str | None:
         words = [program.name]
     else:
         words = [*launch, _relative(sys.argv[0])]
-    line = shlex.join([*words, *sys.argv[1:]])
+    line = without_tokens(shlex.join([*words, *sys.argv[1:]]))
     return LOCAL_PATH.sub(lambda found: _relative(found[0]), line)
 
 

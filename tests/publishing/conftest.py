@@ -1,9 +1,12 @@
 import pytest
 import torch
+from hub.fixtures import client, hub, running_hub
 from publishing.runs import score, settings, tokenizer
 from tiny import classification_rows, tiny_bert
 
 from hf_compress import DistillationArguments, DistillationTrainer, PruningCallback, publish
+
+__all__ = ["client", "hub", "running_hub"]
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +32,7 @@ def published(trained, tmp_path_factory):
     return publish(
         trained,
         "me/tiny-sparse80",
+        push=False,
         folder=tmp_path_factory.mktemp("hub") / "tiny",
         dataset="counting",
         split="test",

@@ -26,7 +26,7 @@ def test_one_folder_holds_all_and_nothing_more(published):
 def test_a_second_result_takes_the_place_of_the_first(trained, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("me/first", "me/second"):
-        publish(trained, name, folder=tmp_path / "out")
+        publish(trained, name, folder=tmp_path / "out", push=False)
         (tmp_path / "out" / "stray").touch()
     (tmp_path / "out" / "stray").unlink()
     assert read(tmp_path / "out")["name"] == "me/second"

@@ -7,6 +7,7 @@ from tiny import classification_rows, tiny_bert
 from transformers import Trainer, TrainerCallback
 
 from hf_compress import PruningCallback, publish
+from hf_compress.publishing.destination import PushError
 
 
 def test_files_that_are_denser_than_asked_are_refused(trained, tmp_path):
@@ -50,7 +51,10 @@ def test_a_training_that_ended_before_its_schedule_is_refused(sparsity, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"push": True}, NotImplementedError, "not there yet"),
+        ({"repo_id": "me/x"}, PushError, "me/x cannot be pushed with HF_HUB_OFFLINE=1"),
+        ({"repo_id": "me/x", "create_pr": True, "revision": "y"}, ValueError, "leave one of them out"),
+        ({"private": True}, ValueError, "pass a `repo_id`"),
+        ({"folder": None}, ValueError, "Where to"),
         ({"repo_id": "/tmp/model/x"}, ValueError, "'repo_name' or 'namespace/repo_name'"),
         ({"repo_id": "my model"}, ValueError, "'my model'"),
         ({"license": "my-own"}, ValueError, "no identifier of the Hub"),
