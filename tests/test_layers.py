@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 MAY_KNOW_THE_TRAINER = (
     "callbacks",
     "cli",
-    "distillation/trainer.py",
+    "distillation/trainer",
     "distillation/arguments.py",
     "verify.py",
 )

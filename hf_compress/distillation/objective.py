@@ -58,6 +58,11 @@ class Objective:
         self._autocast = autocast
         self._chunking = Chunking(teachers, weights, autocast, chunk_size)
 
+    @property
+    def agreement(self) -> bool:
+        """Whether it means something that both models choose the same; not before the first batch."""
+        return self.task is not None and self.task.agreement
+
     def items(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], device: Any) -> Tensor:
         """The number of items in all of `batches`, shaped as `Sums.items`."""
         items = torch.zeros((), dtype=torch.long, device=device)

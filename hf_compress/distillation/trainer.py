@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
 
-from hf_compress.constraint import torch_optimizer
 from hf_compress.distillation.arguments import DistillationArgumentsMixin
 from hf_compress.distillation.cache.cells import OUTPUTS, STATES
-from hf_compress.distillation.cache.teacher import cached_teacher
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.features.match import Match
 from hf_compress.distillation.features.matching import FeatureMatching
@@ -28,19 +20,18 @@ from hf_compress.distillation.features.presets import as_matches
 from hf_compress.distillation.fidelity import Comparison, compare_bits
 from hf_compress.distillation.objective import Objective, mixed
 from hf_compress.distillation.on_policy import OnPolicy
-from hf_compress.distillation.scaling import Scaling, measure_scaling, tolerance_of
+from hf_compress.distillation.records import Records
 from hf_compress.distillation.tasks.heads import head_of
-from hf_compress.distillation.tasks.task import Sums
-from hf_compress.distillation.teachers import ask, normalized
-from hf_compress.distillation.totals import Totals
-from hf_compress.distillation.translation.teacher import translated_teacher
+from hf_compress.distillation.teachers import normalized
+from hf_compress.distillation.teaching import teaching_of
+from hf_compress.distillation.trainer_evaluation import EvaluationMixin
+from hf_compress.distillation.trainer_matches import MatchingMixin
+from hf_compress.distillation.trainer_scaling import ScalingMixin
 from hf_compress.distillation.unsupported import refuse_unsupported
 from hf_compress.frozen import snapshot
 
-logger = logging.getLogger(__name__)
 
-
-class DistillationMixin(Trainer):
+class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
     """Adds a teacher to a Trainer class (papers/1503.02531).
 
         class DistillSFT(DistillationMixin, SFTTrainer): ...
@@ -130,36 +121,9 @@ class DistillationMixin(Trainer):
         )
         self.teacher_comparison: Comparison | None = None
         bits = self._bits(given, teacher_bits, teacher_max_kl)
-        if translated:
-            teaching = translated_teacher(
-                self.model,
-                given,
-                self.data_collator,
-                ours=self.processing_class,
-                theirs=teacher_processing_class,
-                across=self.args.across_tokenizers,
-                bits=bits,
-                device=self.args.device,
-            )
-        elif self._cached:
-            teaching = cached_teacher(
-                self.model,
-                [self.train_dataset, self.eval_dataset],
-                self.data_collator,
-                bits=bits,
-                inside=bool(compared),
-            )
-        else:
-            teaching = ask(
-                given,
-                self.model,
-                head,
-                bits=bits,
-                device=self.args.device,
-                processing=self.processing_class,
-            )
-        if compared and teaching.inside is None:
-            raise ValueError("`matches` need one teacher's layers, not those of 'base' or several.")
+        teaching = teaching_of(
+            self, given, bits=bits, processing=teacher_processing_class, inside=bool(compared)
+        )
         self.data_collator = teaching.collator or self.data_collator
         self.teachers = list(teaching.models)
         self.teacher = teaching.alone
@@ -187,12 +151,9 @@ class DistillationMixin(Trainer):
             )
         self.annealed: Mapping[str, float] = {}  # `alpha` and `temperature` in place of those of `args`
         self._student_writes = False
-        self._train_totals = Totals(self.args.device)
-        self._on_policy_totals = Totals(self.args.device)
-        self._eval_totals = Totals(self.args.device)
         # A copy of the student agrees with it until the student moves: that is no mistake.
-        self._teacher_differs = from_student or translated
-        self._loss_only = False
+        differs = from_student or translated
+        self.records = Records(self.args.device, self._summed, differs=differs)
         self._attach_callbacks()
 
     def _bits(self, given: list[Any], asked: int | str | None, max_kl: float | None) -> Any:
@@ -258,7 +219,9 @@ class DistillationMixin(Trainer):
             loss = mixed(sums, sums.items, alpha)
         if model.training:
             loss = loss + self.matching.loss(inputs, self.accelerator.num_processes)
-        self._record(sums, training=model.training)
+            self.records.add(sums, written=self._student_writes)
+        else:
+            self.records.evaluation.add(sums)
         return (loss, outputs) if return_outputs else loss
 
     def _mix(self, *, training: bool) -> tuple[float, Divergence]:
@@ -267,73 +230,6 @@ class DistillationMixin(Trainer):
         if "temperature" in annealed:
             divergence = replace(divergence, temperature=annealed["temperature"])
         return annealed.get("alpha", self.args.alpha), divergence
-
-    def check_scaling(self, rows: int = 8) -> Scaling:
-        """The loss and the norm of its gradient for the first `rows` rows of the train dataset, cut
-        into batches in several ways, printed as a table and returned.
-
-        They agree where the loss is right. What makes them differ: a model or a collator by which a row
-        depends on the padding or on the other rows of its batch. Dropout is off, normalisation over
-        batches on its running averages; `matches` and the processes are left out. Model, gradients,
-        optimizer, logs and random states are afterwards as they were.
-
-        Raises ValueError without at least two rows and a label in them.
-        """
-        examples, collate = self._first_rows(rows)
-        half = self.accelerator.mixed_precision != "no"
-        scaling = measure_scaling(
-            self.model, examples, collate, self._losses, tolerance=tolerance_of(self.model, half=half)
-        )
-        if self.is_world_process_zero():
-            print(scaling)
-        return scaling
-
-    def _first_rows(self, rows: int) -> tuple[list[Any], Any]:
-        dataset: Any = self.train_dataset
-        collate: Any = self.data_collator
-        if isinstance(dataset, Dataset):
-            dataset = self._remove_unused_columns(dataset)
-        else:
-            collate = self._get_collator_with_removed_columns(collate)
-        examples = [] if dataset is None else list(islice(dataset, rows))
-        if len(examples) < 2:
-            raise ValueError(
-                f"There are {len(examples)} rows to cut: pass a `train_dataset` and at least 2 `rows`."
-            )
-        return examples, collate
-
-    def _losses(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
-        return self.objective.losses(
-            self.model,
-            [self._prepare_inputs(dict(batch)) for batch in batches],
-            divergence=self.args.make_divergence(),
-            alpha=self.args.alpha,
-            device=self.args.device,
-        )
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As the Trainer below does, with a group for each projection of the matches."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.matching.projections.weights:
-            self.matching.join(torch_optimizer(optimizer))
-        return optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer below does; DDP knows nothing of the projections of the matches."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self.matching.end_step(self._summed, lambda grad: self.accelerator.reduce(grad, "mean"))
-        return loss
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self.matching.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.matching.load(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer below does; nothing stays attached to the models, or annealed."""
@@ -345,86 +241,14 @@ class DistillationMixin(Trainer):
             self.annealed = {}
             self.matching.weights.update(weights)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **generation: Any,
-    ) -> tuple[Any, Any, Any]:
-        """As the Trainer below does, but for one that generates, which asks the model for its loss."""
-        seen = self._eval_totals.batches
-        self._loss_only = prediction_loss_only
-        loss, predictions, labels = super().prediction_step(
-            model, inputs, prediction_loss_only, ignore_keys, **generation
-        )
-        if loss is not None and self._eval_totals.batches == seen:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
-        return loss, predictions, labels
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self._eval_totals.forget()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        means = self._means(self._eval_totals)
-        if means and output.metrics is not None:
-            # Trainer's own loss is a mean of batch means, which depends on the evaluation batch size.
-            alpha = self.args.alpha
-            means["loss"] = (1 - alpha) * means["loss_task"] + alpha * means["loss_kd"]
-            output.metrics.update(
-                {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-            )
-        return output
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the training log, which every process writes
-            logs.update(self._means(self._train_totals))
-            written = self._means(self._on_policy_totals)
-            logs.update({f"on_policy_{k}": written[k] for k in written if k != "loss_task"})
+            logs.update(self.records.trained(agreement=self.objective.agreement))
             logs.update(self.matching.means(self._summed))
         if "loss" in logs or "train_loss" in logs:
-            self._train_totals.forget()
-            self._on_policy_totals.forget()
+            self.records.forget()
             self.matching.forget()
         super().log(logs, start_time)
-
-    def _real_rows(self, batch: Mapping[str, Any]) -> int | None:
-        """How many rows of the last evaluation batch do not merely fill it up for the other ranks."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder < 1:
-            return None
-        rows = len(batch[self.objective.head.labels[0]])
-        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
-
-    def _summed(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, "sum")
-
-    def _record(self, sums: Sums, *, training: bool) -> None:
-        if not training:
-            self._eval_totals.add(sums)
-            return
-        (self._on_policy_totals if self._student_writes else self._train_totals).add(sums)
-        if not self._teacher_differs and sums.items.sum() > 0:
-            self._teacher_differs = True
-            if sums.distillation.sum() == 0:
-                logger.warning(
-                    "The teacher gives exactly the student's outputs on the first batch, so there is "
-                    "nothing to learn from it. Is it the model you meant?"
-                )
-
-    def _means(self, totals: Totals) -> dict[str, float]:
-        task = self.objective.task
-        return totals.means(self._summed, agreement=task is not None and task.agreement)
 
     def _attach_callbacks(self) -> None:
         from hf_compress.callbacks.base import CompressionCallback

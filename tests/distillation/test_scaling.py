@@ -72,7 +72,7 @@ def test_nothing_is_changed(tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in trainer.model.state_dict().items())
     after = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, moments, strict=True))
-    assert trainer._train_totals.values.sum() == 0  # nothing of it is logged
+    assert trainer.records.train.values.sum() == 0  # nothing of it is logged
 
 
 def test_rows_that_depend_on_their_padding_are_found(tmp_path):

@@ -1,0 +1,63 @@
+"""How a training is taught: by models in memory, across tokenizers, or by answers that were kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_compress.distillation.cache.teacher import cached_teacher
+from hf_compress.distillation.tasks.heads import head_of
+from hf_compress.distillation.teachers import Teaching, ask
+from hf_compress.distillation.translation.teacher import translated_teacher
+
+
+def teaching_of(
+    trainer: Any,
+    given: Sequence[nn.Module | str],
+    *,
+    bits: int | None,
+    processing: Any,
+    inside: bool,
+) -> Teaching:
+    """The teaching of the student of `trainer`, which has its model, arguments, datasets and collator.
+
+    given: the teachers, each a module, a path or id, or "base", or ["cached"]; bits: as in
+    `load_teacher`; processing: their tokenizer where it is not the student's, else None; inside:
+    whether the inside of the teacher is compared too.
+
+    Raises ValueError where that cannot be, or the teachers do not fit, and what they raise themselves.
+    """
+    device = trainer.args.device
+    if processing is not None:
+        teaching = translated_teacher(
+            trainer.model,
+            given,
+            trainer.data_collator,
+            ours=trainer.processing_class,
+            theirs=processing,
+            across=trainer.args.across_tokenizers,
+            bits=bits,
+            device=device,
+        )
+    elif list(given) == ["cached"]:
+        teaching = cached_teacher(
+            trainer.model,
+            [trainer.train_dataset, trainer.eval_dataset],
+            trainer.data_collator,
+            bits=bits,
+            inside=inside,
+        )
+    else:
+        teaching = ask(
+            given,
+            trainer.model,
+            head_of(trainer.model),
+            bits=bits,
+            device=device,
+            processing=trainer.processing_class,
+        )
+    if inside and teaching.inside is None:
+        raise ValueError("`matches` need one teacher's layers, not those of 'base' or several.")
+    return teaching
