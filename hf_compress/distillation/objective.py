@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_compress.distillation.cache.cells import OUTPUTS, STATES
 from hf_compress.distillation.chunking import Chunking
 from hf_compress.distillation.divergences import Divergence
+from hf_compress.distillation.routing import ROUTES
 from hf_compress.distillation.tasks.heads import Head
 from hf_compress.distillation.tasks.task import Sums, Task
 from hf_compress.distillation.teachers import Teacher
@@ -164,5 +165,7 @@ def _unwrapped(model: nn.Module) -> Any:
 def _without_answers(features: Mapping[str, Any]) -> dict[str, Any]:
     """What the student is given, where the batch brings something for the teacher alone."""
     return {
-        name: value for name, value in features.items() if name not in (OUTPUTS, STATES, TRANSLATED)
+        name: value
+        for name, value in features.items()
+        if name not in (OUTPUTS, STATES, TRANSLATED, ROUTES)
     }

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
+from hf_compress.distillation.routing import ROUTES
 from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.distillation.tasks.labelled import IGNORED
 from hf_compress.frozen import evaluating
 from hf_compress.targets import without_adapters
 
 _KNOWN = {"input_ids", "attention_mask", "labels"}
+_KEPT = {ROUTES}
+"""What of a batch still holds for other text in its rows."""
 
 
 def check_writes(head: Head) -> None:
@@ -55,7 +58,8 @@ def rewritten(
         if head.auto_class is AutoModelForCausalLM:
             return _continued(model, batch, settings, limits)
         asked = {k: v for k, v in batch.items() if k not in ("labels", "decoder_input_ids")}
-        written = model.generate(**asked, generation_config=settings)[:, 1:]
+        read = {k: v for k, v in asked.items() if k not in _KEPT}
+        written = model.generate(**read, generation_config=settings)[:, 1:]
     found = [_ended(row, limit, settings) for row, limit in zip(written.tolist(), limits, strict=True)]
     return {**asked, "labels": _padded(found, IGNORED, labels.device)}
 
@@ -63,7 +67,7 @@ def rewritten(
 def _continued(
     model: Any, batch: Mapping[str, Any], settings: GenerationConfig, limits: Sequence[int]
 ) -> dict[str, Any]:
-    if unknown := sorted(batch.keys() - _KNOWN):
+    if unknown := sorted(batch.keys() - _KNOWN - _KEPT):
         raise ValueError(
             f"A batch with {', '.join(unknown)} cannot be continued: what the student writes has only "
             f"{', '.join(sorted(_KNOWN))}. Turn packing off, or let the collator leave them out."
@@ -90,6 +94,7 @@ def _continued(
         new[row] = _ended(tokens, limits[row], settings)
     pairs = list(zip(prompts, new, strict=True))
     return {
+        **{name: batch[name] for name in _KEPT & batch.keys()},
         "input_ids": _padded([p + w for p, w in pairs], settings.pad_token_id, ids.device),
         "attention_mask": _padded([[1] * len(p + w) for p, w in pairs], 0, ids.device),
         "labels": _padded([[IGNORED] * len(p) + w for p, w in pairs], IGNORED, ids.device),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_compress.distillation.cache.teacher import cached_teacher
+from hf_compress.distillation.routing import Routes, routed
 from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.distillation.teachers import Teaching, ask
 from hf_compress.distillation.translation.teacher import translated_teacher
@@ -19,13 +20,15 @@ def teaching_of(
     *,
     bits: int | None,
     processing: Any,
+    routes: Routes | None,
     inside: bool,
 ) -> Teaching:
     """The teaching of the student of `trainer`, which has its model, arguments, datasets and collator.
 
     given: the teachers, each a module, a path or id, or "base", or ["cached"]; bits: as in
-    `load_teacher`; processing: their tokenizer where it is not the student's, else None; inside:
-    whether the inside of the teacher is compared too.
+    `load_teacher`; processing: their tokenizer where it is not the student's, else None; routes:
+    by which each row has a teacher of its own, None for all teachers of all rows; inside: whether the
+    inside of the teacher is compared too.
 
     Raises ValueError where that cannot be, or the teachers do not fit, and what they raise themselves.
     """
@@ -58,6 +61,10 @@ def teaching_of(
             device=device,
             processing=trainer.processing_class,
         )
+    if routes is not None:
+        routes.check([trainer.train_dataset, trainer.eval_dataset])
+        sharded = trainer.is_fsdp_enabled
+        teaching = routed(teaching, routes, trainer.data_collator, sharded=sharded)
     if inside and teaching.inside is None:
         raise ValueError("`matches` need one teacher's layers, not those of 'base' or several.")
     return teaching

@@ -21,13 +21,14 @@ from hf_compress.distillation.fidelity import Comparison, compare_bits
 from hf_compress.distillation.objective import Objective, mixed
 from hf_compress.distillation.on_policy import OnPolicy
 from hf_compress.distillation.records import Records
+from hf_compress.distillation.routing import routes_of
 from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.distillation.teachers import normalized
 from hf_compress.distillation.teaching import teaching_of
 from hf_compress.distillation.trainer_evaluation import EvaluationMixin
 from hf_compress.distillation.trainer_matches import MatchingMixin
 from hf_compress.distillation.trainer_scaling import ScalingMixin
-from hf_compress.distillation.unsupported import refuse_unsupported
+from hf_compress.distillation.unsupported import refuse_together, refuse_unsupported
 from hf_compress.frozen import snapshot
 
 
@@ -47,6 +48,8 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
         is when the trainer is built: the dense model, when it is pruned later; "base", the model under
         the student's adapters, without a second copy; or a list of these. "cached": the answers that
         `precompute_teacher` has added to the datasets, with no teacher in memory.
+    teacher_column: of the datasets, which says by which of several teachers each row is taught: by its
+        number in the list, or its name in a dict, `teacher={"law": ..., "news": ...}`.
     teacher_bits: 8 or 4 loads the teachers through bitsandbytes; None keeps their precision. "auto"
         takes the cheapest of these that differs from the full teacher by a KL of `teacher_max_kl` at
         most, by default 0.01 nats an item of the first rows; `teacher_comparison` says what was seen.
@@ -78,7 +81,8 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
         model: nn.Module | str | None = None,
         args: Any = None,
         *others: Any,
-        teacher: nn.Module | str | Sequence[nn.Module | str],
+        teacher: nn.Module | str | Sequence[nn.Module | str] | Mapping[Any, nn.Module | str],
+        teacher_column: str | None = None,
         teacher_bits: int | str | None = None,
         teacher_max_kl: float | None = None,
         teacher_weights: Sequence[float] | None = None,
@@ -92,9 +96,14 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
                 "DistillationArguments, or for another arguments class a dataclass of your own: "
                 "class MyArguments(DistillationArgumentsMixin, SFTConfig)."
             )
-        given: list[Any] = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+        routes = routes_of(teacher, teacher_column)
+        several = list(teacher.values()) if isinstance(teacher, Mapping) else teacher
+        given: list[Any] = list(several) if isinstance(several, list | tuple) else [several]
         from_student = any(isinstance(each, str) and each in ("self", "base") for each in given)
         self._cached = given == ["cached"]
+        # That the collator needs, though no model takes them.
+        self._columns = (OUTPUTS, STATES) if self._cached else ()
+        self._columns += () if routes is None else (routes.column,)
         # Before any Trainer has wrapped or patched it.
         given = [_copy_of(model) if each == "self" else each for each in given]
         super().__init__(model, args, *others, **trainer_arguments)  # type: ignore[arg-type]
@@ -104,11 +113,13 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
         refuse_unsupported(self)
         compared = as_matches(matches)
         translated = teacher_processing_class is not None
-        if translated and (teacher_bits == "auto" or compared):
-            raise ValueError(
-                "`teacher_processing_class` goes with neither `matches` nor teacher_bits='auto', which "
-                "ask the teacher about the student's tokens: leave them out."
-            )
+        refuse_together(
+            routed=routes is not None,
+            translated=translated,
+            chosen=teacher_bits == "auto",
+            weighted=teacher_weights is not None,
+            compared=bool(compared),
+        )
         head = head_of(self.model)
         self._on_policy = OnPolicy(
             self.args.on_policy,
@@ -122,7 +133,12 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
         self.teacher_comparison: Comparison | None = None
         bits = self._bits(given, teacher_bits, teacher_max_kl)
         teaching = teaching_of(
-            self, given, bits=bits, processing=teacher_processing_class, inside=bool(compared)
+            self,
+            given,
+            bits=bits,
+            processing=teacher_processing_class,
+            routes=routes,
+            inside=bool(compared),
         )
         self.data_collator = teaching.collator or self.data_collator
         self.teachers = list(teaching.models)
@@ -131,7 +147,7 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
         self.objective = Objective(
             head,
             teaching.asked,
-            normalized(teacher_weights, len(given)),
+            normalized(teacher_weights, len(teaching.asked)),
             self.accelerator.autocast,
             self.args.chunk_size,
             teaching.task,
@@ -170,8 +186,7 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if self._cached and OUTPUTS not in columns:
-            columns.extend([OUTPUTS, STATES])
+        columns.extend(each for each in self._columns if each not in columns)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

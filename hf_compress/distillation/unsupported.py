@@ -41,3 +41,20 @@ def refuse_unsupported(trainer: Any) -> None:
         for part, rows in parts:
             if rows is not None and has_length(rows) and len(rows) == 0:
                 raise ValueError(f"The {part} dataset is empty: there is nothing to learn from.")
+
+
+def refuse_together(
+    *, routed: bool, translated: bool, chosen: bool, weighted: bool, compared: bool
+) -> None:
+    """Raises ValueError for what does not go together: teachers of single rows, of another tokenizer,
+    in the precision that is chosen, weighted, and compared inside."""
+    if routed and (translated or chosen or weighted):
+        raise ValueError(
+            "`teacher_column` goes with neither `teacher_weights`, `teacher_processing_class` nor "
+            "teacher_bits='auto', since one of several teachers answers each row: leave them out."
+        )
+    if translated and (chosen or compared):
+        raise ValueError(
+            "`teacher_processing_class` goes with neither `matches` nor teacher_bits='auto', which "
+            "ask the teacher about the student's tokens: leave them out."
+        )
