@@ -12,11 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from hf_compress.distillation import slopes
 from hf_compress.distillation.divergences import Divergence
+from hf_compress.distillation.losses import precise
 from hf_compress.distillation.output_layer import OutputLayer
+from hf_compress.distillation.shortlist import Shortlist, same_class
 from hf_compress.distillation.tasks.task import Sums
 
-Taught = tuple[Tensor, OutputLayer]
-"""A teacher's hidden states, and what makes logits of them."""
+Taught = tuple[Tensor, OutputLayer] | Tensor | Shortlist
+"""A teacher's hidden states, and what makes logits of them; or its answers to the items alone, (items,
+classes), where these were kept."""
 
 
 def chunked_sums(
@@ -34,9 +37,9 @@ def chunked_sums(
     """Cross-entropy with the labels and divergence from the teachers, summed over the items.
 
     hidden: (..., width), what `layer` turns into logits; teachers: the same of each, of any width and
-    with at most as many classes; labels: (...), in [0, classes) where `counts`, bool (...), says that
-    they are items; chunk_size: how many items have logits at one time; weights: of the teachers, which
-    add up to 1.
+    with at most as many classes, or the answers that were kept; labels: (...), in [0, classes) where
+    `counts`, bool (...), says that they are items; chunk_size: how many items have logits at one time;
+    weights: of the teachers, which add up to 1.
 
     The gradient of (1 - alpha) * task + alpha * distillation is computed in the same pass, so that
     nothing is projected twice: mix the two sums by this same `alpha`, and use neither alone. Until the
@@ -47,7 +50,8 @@ def chunked_sums(
     """
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` is {chunk_size}: at least 1 item is projected at a time.")
-    for who, states in (("student", hidden), *(("teacher", states) for states, _ in teachers)):
+    theirs = [("teacher", each[0]) for each in teachers if isinstance(each, tuple)]
+    for who, states in (("student", hidden), *theirs):
         if not states.shape[:-1] == labels.shape == counts.shape:
             raise ValueError(
                 f"The {who}'s hidden states are {tuple(states.shape)}, labels {tuple(labels.shape)}, "
@@ -55,10 +59,7 @@ def chunked_sums(
             )
     items = _Items(
         layer=layer.under_autocast(),
-        teachers=[
-            (states.detach()[counts.to(states.device)], each.under_autocast())
-            for states, each in teachers
-        ],
+        teachers=[_of_items(each, counts) for each in teachers],
         labels=labels[counts].to(hidden.device),
         divergence=divergence,
         weights=weights,
@@ -70,6 +71,46 @@ def chunked_sums(
     return Sums(counts.sum().to(hidden.device), task, distillation, agreement)
 
 
+@dataclass(frozen=True)
+class _Projected:
+    """A teacher's answers to the items, made of their hidden states, (items, width), when they are
+    asked for."""
+
+    states: Tensor
+    layer: OutputLayer
+
+    def ready(self) -> _Projected:
+        return replace(self, layer=self.layer.ready())
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.layer.logits(self.states[part])
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A teacher's answers to the items that are there already."""
+
+    answers: Tensor | Shortlist
+
+    def ready(self) -> _Kept:
+        return self
+
+    def __getitem__(self, part: slice) -> Tensor | Shortlist:
+        answers = self.answers[part]
+        # A copy, since logits are overwritten.
+        return answers if isinstance(answers, Shortlist) else precise(answers).clone()
+
+
+_Answers = _Projected | _Kept
+
+
+def _of_items(taught: Taught, counts: Tensor) -> _Answers:
+    if not isinstance(taught, tuple):
+        return _Kept(taught)
+    states, layer = taught
+    return _Projected(states.detach()[counts.to(states.device)], layer.under_autocast())
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Items:
     """The loss as a function of the student's hidden states and weights; see `chunked_sums`.
@@ -78,7 +119,7 @@ class _Items:
     """
 
     layer: OutputLayer
-    teachers: Sequence[Taught]
+    teachers: Sequence[_Answers]
     labels: Tensor
     divergence: Divergence
     weights: Sequence[float]
@@ -91,7 +132,7 @@ class _Items:
         """Task, distillation and agreement, (3,); and the gradients to `hidden` (items, width), to
         `weight` and `bias`, each where it is `wanted`."""
         layer = replace(self.layer, weight=weight, bias=bias).ready()
-        teachers = [(states, each.ready()) for states, each in self.teachers]
+        teachers = [each.ready() for each in self.teachers]
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         gradients = [
             torch.zeros_like(each, dtype=dtype) if want and each is not None else None
@@ -110,12 +151,12 @@ class _Items:
         part: slice,
         hidden: Tensor,
         layer: OutputLayer,
-        teachers: Sequence[Taught],
+        teachers: Sequence[_Answers],
     ) -> None:
         to_hidden, to_weight, to_bias = gradients
         states = hidden[part].to(layer.weight.dtype)
         logits = layer.logits(states)
-        theirs = [each.logits(taught[part]).to(logits.device) for taught, each in teachers]
+        theirs = [each[part].to(logits.device) for each in teachers]
         values, slope = self._losses(logits, theirs, self.labels[part])
         sums += values
         slope = layer.slope(slope, logits)
@@ -130,14 +171,14 @@ class _Items:
             to_weight += slope.T @ states
 
     def _losses(
-        self, logits: Tensor, all_theirs: Sequence[Tensor], labels: Tensor
+        self, logits: Tensor, all_theirs: Sequence[Any], labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Task, distillation and agreement, (3,); and how the mixture of the first two changes with
         `logits`, (items, classes)."""
         theirs = self.divergence.merged_classes(all_theirs, self.weights)
         # Classes behind the last of the teacher are padding of the vocabulary.
         compared = logits[:, : theirs.shape[-1]]
-        agreement = (compared.argmax(-1) == theirs.argmax(-1)).sum()
+        agreement = same_class(compared, theirs).sum()
         distillation, taught = slopes.between_classes(self.divergence, compared, theirs)
         del theirs
         task, slope = slopes.cross_entropy(logits, labels)

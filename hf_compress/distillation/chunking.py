@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_compress.distillation.alignment import Classes
-from hf_compress.distillation.chunked import chunked_sums
+from hf_compress.distillation.cache.teacher import CachedTeacher
+from hf_compress.distillation.chunked import Taught, chunked_sums
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.output_layer import OutputLayer
 from hf_compress.distillation.tap import CannotTap, Tap, check_layer, tap
@@ -57,7 +58,7 @@ class Chunking:
         self._weights = tuple(weights)
         self._autocast = autocast
         self._chunk_size = chunk_size
-        self._taps: tuple[Tap, list[tuple[_Model, Tap]]] | None = None
+        self._taps: tuple[Tap, list[tuple[Teacher, Tap | None]]] | None = None
         self._impossible = chunk_size is None
 
     def takes(self, model: nn.Module, features: Mapping[str, Any], task: Task, batch: Batch) -> bool:
@@ -92,12 +93,13 @@ class Chunking:
         task: Task,
         batch: Batch,
         *,
+        asked: Mapping[str, Any],
         divergence: Divergence,
         alpha: float,
         rows: int | None = None,
     ) -> tuple[Sums, Any]:
         """The totals as of `task.sums`, to be mixed by `alpha`, and the output of the student, whose
-        logits are of no position. Only of what it `takes`."""
+        logits are of no position. Only of what it `takes`; asked: what the teachers are given."""
         assert self._taps is not None
         assert isinstance(task, Labelled)
         ours, teachers = self._taps
@@ -108,19 +110,18 @@ class Chunking:
             # Hidden states stand where their logits would.
             return task.logits(SimpleNamespace(logits=hidden))[:rows]
 
-        states: list[Tensor] = []
         with self._autocast():
-            for teacher, theirs in teachers:
-                with theirs.taking(lambda hidden: states.append(of_labels(hidden))):
-                    teacher(features)
+            taught = [
+                _ask(teacher, theirs, asked, of_labels, labels != IGNORED, task.name)
+                for teacher, theirs in teachers
+            ]
         answers: list[Sums] = []
 
         def answer(hidden: Tensor) -> None:
-            layers = [_cut(theirs.layer(), teacher.classes) for teacher, theirs in teachers]
             sums = chunked_sums(
                 of_labels(hidden),
                 ours.layer(),
-                list(zip(states, layers, strict=True)),
+                [each() for each in taught],
                 labels,
                 labels != IGNORED,
                 divergence=divergence,
@@ -136,12 +137,12 @@ class Chunking:
 
     def _find(
         self, model: nn.Module, features: Mapping[str, Any]
-    ) -> tuple[Tap, list[tuple[_Model, Tap]]]:
+    ) -> tuple[Tap, list[tuple[Teacher, Tap | None]]]:
         if "labels" in features:
             raise CannotTap("the model itself is given the labels, and makes a loss of its logits")
         student = _unwrapped(model)
         with self._autocast():
-            theirs = [_tapped(teacher, features) for teacher in self._teachers]
+            theirs = [(teacher, _tapped(teacher, features)) for teacher in self._teachers]
             return tap(student, lambda: student(**features)), theirs
 
     def _models(self, student: nn.Module) -> list[nn.Module]:
@@ -154,10 +155,31 @@ def automatic_size(head: nn.Linear) -> int:
     return max(1, LOGITS.get(kind, LOGITS["cuda"]) // head.out_features)
 
 
-def _tapped(teacher: Teacher, features: Mapping[str, Any]) -> tuple[_Model, Tap]:
+def _tapped(teacher: Teacher, features: Mapping[str, Any]) -> Tap | None:
+    """None for kept answers, which are there without a forward."""
+    if isinstance(teacher, CachedTeacher):
+        return None
     if not isinstance(teacher, _Model):
-        raise CannotTap("the teacher's answers were kept, but not its hidden states")
-    return teacher, tap(teacher.model, lambda: teacher(features))
+        raise CannotTap("each row has a teacher of its own")
+    return tap(teacher.model, lambda: teacher(features))
+
+
+def _ask(
+    teacher: Any,
+    theirs: Tap | None,
+    asked: Mapping[str, Any],
+    of_labels: Callable[[Tensor], Tensor],
+    counts: Tensor,
+    name: str,
+) -> Callable[[], Taught]:
+    """What `teacher` is found to teach, once the weights of all output layers are at hand."""
+    if theirs is None:
+        answers = teacher(asked).to_items(counts, name)
+        return lambda: answers
+    states: list[Tensor] = []
+    with theirs.taking(lambda hidden: states.append(of_labels(hidden))):
+        teacher(asked)
+    return lambda: (states[0], _cut(theirs.layer(), teacher.classes))
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -103,7 +103,14 @@ class Objective:
         task = self._task_of(model, batch)
         if given.in_chunks:
             return self._chunking.sums(
-                model, given.features, task, batch, divergence=divergence, alpha=alpha, rows=rows
+                model,
+                given.features,
+                task,
+                batch,
+                asked=given.asked,
+                divergence=divergence,
+                alpha=alpha,
+                rows=rows,
             )
         outputs = model(**given.features)
         with self._autocast():

@@ -89,6 +89,19 @@ class Shortlist:
         return divergence.temperature**2 * (logs.exp() / present * surprise).sum(-1)
 
 
+def distance(divergence: Divergence, student: Tensor, teacher: Tensor | Shortlist) -> Tensor:
+    """Between the logits (items, classes) of both, or what was kept of the teacher's: (items,)."""
+    if isinstance(teacher, Shortlist):
+        return teacher.distance(divergence, student)
+    return divergence.between_classes(student, teacher)
+
+
+def same_class(student: Tensor, teacher: Tensor | Shortlist) -> Tensor:
+    """Where both choose the same, bool (items,); logits as in `distance`."""
+    best = teacher.best if isinstance(teacher, Shortlist) else teacher.argmax(-1)
+    return student.argmax(-1) == best
+
+
 def most_probable(logits: Tensor, size: int, temperature: float) -> Shortlist:
     """The `size` most probable classes; `rest` is the logarithm of the probability of all others.
 

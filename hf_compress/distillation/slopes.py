@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.distillation.divergences import Divergence
+from hf_compress.distillation.shortlist import Shortlist, distance
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,17 +24,20 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return value, slope.scatter_add_(-1, chosen, slope.new_full(chosen.shape, -1.0))
 
 
-def between_classes(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """`divergence.between_classes`, and its slope, by autograd where there is no closed form here.
+def between_classes(
+    divergence: Divergence, student: Tensor, teacher: Tensor | Shortlist
+) -> tuple[Tensor, Tensor]:
+    """The `distance` of both, and its slope, by autograd where there is no closed form here.
 
-    student, teacher: (items, classes) logits in fp32 or better; the teacher's are overwritten.
+    student, teacher: (items, classes) logits in fp32 or better, the teacher's also a shortlist of them;
+    its logits are overwritten.
     Returns (items,) and (items, classes).
     """
     closed_form = CLOSED_FORMS.get(divergence.name)
-    if closed_form is None:
+    if closed_form is None or isinstance(teacher, Shortlist):
         with torch.enable_grad():
             student = student.detach().requires_grad_()
-            value = divergence.between_classes(student, teacher)
+            value = distance(divergence, student, teacher)
             (slope,) = torch.autograd.grad(value.sum(), student)
         return value.detach(), slope
     ours = _distribution_(student / divergence.temperature)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.losses import squared_error
-from hf_compress.distillation.shortlist import Shortlist
+from hf_compress.distillation.shortlist import Shortlist, distance, same_class
 from hf_compress.distillation.tasks.items import ItemAnswers
 from hf_compress.distillation.tasks.task import Batch, Sums
 
@@ -116,26 +116,15 @@ def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
 
 
-def _between_classes(divergence: Divergence, student: Tensor, teacher: Tensor | Shortlist) -> Tensor:
-    if isinstance(teacher, Shortlist):
-        return teacher.distance(divergence, student)
-    return divergence.between_classes(student, teacher)
-
-
-def _same_class(student: Tensor, teacher: Tensor | Shortlist) -> Tensor:
-    best = teacher.best if isinstance(teacher, Shortlist) else teacher.argmax(-1)
-    return student.argmax(-1) == best
-
-
 def _same_sign(student: Tensor, teacher: Tensor) -> Tensor:
     return (student > 0) == (teacher > 0)
 
 
 CLASS = Answer(
     loss=_cross_entropy,
-    distance=_between_classes,
+    distance=distance,
     merge=Divergence.merged_classes,
-    agrees=_same_class,
+    agrees=same_class,
 )
 YES_OR_NO = Answer(
     loss=_binary_cross_entropy,

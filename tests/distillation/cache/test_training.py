@@ -123,15 +123,34 @@ def test_padding_on_the_left_which_changes_what_counts_is_refused(tmp_path):
         trainer.train()
 
 
-def test_where_logits_would_be_left_out_they_are_kept(tmp_path, caplog):
-    """The loss in chunks needs the hidden states of a teacher."""
-    rows = cached("causal lm", tmp_path)
-    student, _ = pair("causal lm")
-    whole = losses(trainer_of(student, "cached", rows, tmp_path, chunk_size=None))
-    student, _ = pair("causal lm")
-    ours = losses(trainer_of(student, "cached", rows, tmp_path, chunk_size=4))
-    torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6)
-    assert "the teacher's answers were kept, but not its hidden states" in caplog.text
+@pytest.mark.parametrize(
+    ("case", "what", "divergence"),
+    [
+        ("causal lm", "logits", "forward_kl"),
+        ("causal lm", "logits", "cosine"),
+        ("causal lm", "topk", "jsd"),
+        ("causal lm", "sampled", "skew_kl"),
+        ("masked lm", "sampled", "forward_kl"),
+        ("t5", "topk", "reverse_kl"),
+    ],
+)
+def test_the_training_in_chunks_is_that_of_whole_logits(case, what, divergence, tmp_path, caplog):
+    """With an evaluation whose last batch is ragged."""
+    size = {} if what == "logits" else {"size": 8, "temperature": 2.0}
+    rows = cached(case, tmp_path, what=what, **size)
+    found = []
+    for chunk_size in (None, 3):
+        student, _ = pair(case)
+        settings = {"chunk_size": chunk_size, "divergence": divergence, "alpha": 0.3}
+        trainer = trainer_of(student, "cached", rows, tmp_path, **settings)
+        batch = trainer.data_collator([rows[i] for i in range(4)])
+        assert trainer.objective.prepare(student, batch).in_chunks == (chunk_size is not None)
+        evaluated = trainer.evaluate(rows.select(range(7)))
+        names = ("eval_loss", "eval_loss_task", "eval_loss_kd", "eval_agreement")
+        found.append((losses(trainer), [evaluated[name] for name in names]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=3e-5, atol=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1], rel=3e-5)
+    assert "held whole" not in caplog.text
 
 
 def test_no_teacher_is_in_memory_and_workers_collate_too(tmp_path):
