@@ -22,6 +22,7 @@ from huggingface_hub import (
 from hf_compress.publishing.audit import audit
 from hf_compress.publishing.card import render
 from hf_compress.publishing.destination import Destination, PushError
+from hf_compress.publishing.pictures import PICTURES
 from hf_compress.publishing.validate import validate
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ _FOLDERS_THAT_STAY = (".*", "_*", "checkpoint-*", "runs", "last-checkpoint")
 _REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
     *("adapter_config.json", "generation_config.json", "report.json"),
-    *("sparsity.png", "layers.png", "codes.png", "grid_errors.png", "weight_histograms.png"),
+    *PICTURES,
 )
 _TEXTS = {".json", ".md", ".txt", ".jinja", ".py", ".yaml", ".yml"}
 

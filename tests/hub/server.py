@@ -16,7 +16,7 @@ from hub.store import Blob, Commit, Repository, Store
 OWNER = "hf_" + "Owner" * 7  # may write to me/...
 STRANGER = "hf_" + "Other" * 7  # may write to you/...
 USERS = {OWNER: "me", STRANGER: "you"}
-LARGE = 10_000  # bytes above which a file is stored by its sha256
+LARGE = 50_000  # bytes above which a file is stored by its sha256
 
 
 class Hub:
@@ -164,9 +164,11 @@ class Hub:
         return web.json_response({"files": answers})
 
     async def batch(self, request: web.Request) -> web.Response:
-        self._writable(request)
+        # Large files for a pull request come without the branch that they are for.
+        body = await request.json()
+        self._writable(request, proposed="ref" not in body)
         answers = []
-        for asked in (await request.json())["objects"]:
+        for asked in body["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
             if self.store.large(asked["oid"]) is None:
                 href = f"{self.url}/large/{asked['oid']}"
@@ -244,13 +246,13 @@ class Hub:
             raise _Refused(403, f"Access to model {repository.name} is restricted", "GatedRepo")
         return repository, self._at(repository, _revision(request))
 
-    def _writable(self, request: web.Request) -> Repository:
+    def _writable(self, request: web.Request, *, proposed: bool = False) -> Repository:
         repository, user = self._repository(request), _user(request)
         if user is None:
             raise _Refused(401, "Invalid username or password.")
         # Anyone may open a pull request to what is public.
-        asked = request.query.get("create_pr") and not repository.private
-        if repository.name.split("/")[0] != user and not asked:
+        proposed = (proposed or "create_pr" in request.query) and not repository.private
+        if repository.name.split("/")[0] != user and not proposed:
             raise _Refused(403, f"Forbidden: you must use a write token to upload to {repository.name}")
         return repository
 
