@@ -89,7 +89,8 @@ def routes_of(teacher: Any, column: str | None) -> Routes | None:
             "teacher='cached' must stand alone, without `teacher_column`: the answers are in the rows "
             "already."
         )
-    return Routes(column, tuple(teacher if isinstance(teacher, Mapping) else range(len(teacher))))
+    names = list(teacher) if isinstance(teacher, Mapping) else list(range(len(teacher)))
+    return Routes(column, tuple(names))
 
 
 class RoutedTeacher:

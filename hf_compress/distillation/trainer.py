@@ -102,7 +102,7 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
         from_student = any(isinstance(each, str) and each in ("self", "base") for each in given)
         self._cached = given == ["cached"]
         # That the collator needs, though no model takes them.
-        self._columns = (OUTPUTS, STATES) if self._cached else ()
+        self._columns: tuple[str, ...] = (OUTPUTS, STATES) if self._cached else ()
         self._columns += () if routes is None else (routes.column,)
         # Before any Trainer has wrapped or patched it.
         given = [_copy_of(model) if each == "self" else each for each in given]

@@ -18,6 +18,7 @@ from hf_compress.distillation.records import Records
 class EvaluationMixin(Trainer):
     """Its losses are means over the items of all batches, and its predictions the student's alone."""
 
+    args: Any
     objective: Objective
     records: Records
     _loss_only = False  # whether the student's logits may be left out
@@ -54,8 +55,7 @@ class EvaluationMixin(Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        alpha: float = self.args.alpha  # type: ignore[attr-defined]
-        means = self.records.evaluated(agreement=self.objective.agreement, alpha=alpha)
+        means = self.records.evaluated(agreement=self.objective.agreement, alpha=self.args.alpha)
         if output.metrics is not None:
             output.metrics.update(
                 {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
