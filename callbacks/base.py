@@ -7,6 +7,8 @@ import abc
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_compress.publishing.progress import write_progress_card
+
 
 class CompressionCallback(TrainerCallback, abc.ABC):
     """A callback whose method ramps up. While `finished` is false no checkpoint counts as the best:
@@ -63,3 +65,15 @@ class CompressionCallback(TrainerCallback, abc.ABC):
         for row in (logs, state.log_history[-1] if state.log_history else None):
             if row is not None:
                 row.update(self.measurements())
+
+    def on_push_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: object = None,
+        **kwargs: object,
+    ) -> None:
+        # Trainer goes on to send what is in the output directory.
+        if state.is_world_process_zero:
+            write_progress_card(model, args, state)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hf_compress.pruning.vocabulary.prune import prune_vocabulary
     from hf_compress.publishing.packed import load_packed, save_packed
     from hf_compress.publishing.publish import publish
+    from hf_compress.publishing.push import push_folder
+    from hf_compress.publishing.trainers import PublishingMixin
     from hf_compress.quantization.analysis import analyse
     from hf_compress.quantization.bnb import load_quantized, quantized
     from hf_compress.quantization.export import save_quantized
@@ -51,6 +53,7 @@ _HOMES = {
     "FamilyCallback": "hf_compress.callbacks.family",
     "Match": "hf_compress.distillation.features.match",
     "PruningCallback": "hf_compress.callbacks.pruning",
+    "PublishingMixin": "hf_compress.publishing.trainers",
     "QuantizationCallback": "hf_compress.callbacks.quantization",
     "RigLCallback": "hf_compress.callbacks.rigl",
     "StructuredPruningCallback": "hf_compress.callbacks.structured",
@@ -69,6 +72,7 @@ _HOMES = {
     "prune_structure": "hf_compress.pruning.structure.removal",
     "prune_vocabulary": "hf_compress.pruning.vocabulary.prune",
     "publish": "hf_compress.publishing.publish",
+    "push_folder": "hf_compress.publishing.push",
     "quantize_oneshot_": "hf_compress.quantization.oneshot",
     "quantized": "hf_compress.quantization.bnb",
     "save_packed": "hf_compress.publishing.packed",
@@ -87,6 +91,7 @@ __all__ = [
     "FamilyCallback",
     "Match",
     "PruningCallback",
+    "PublishingMixin",
     "QuantizationCallback",
     "RigLCallback",
     "StructuredPruningCallback",
@@ -105,6 +110,7 @@ __all__ = [
     "prune_structure",
     "prune_vocabulary",
     "publish",
+    "push_folder",
     "quantize_oneshot_",
     "quantized",
     "save_packed",

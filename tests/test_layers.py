@@ -11,6 +11,7 @@ MAY_KNOW_THE_TRAINER = (
     "cli",
     "distillation/trainer",
     "distillation/arguments.py",
+    "publishing/trainers.py",
     "verify.py",
 )
 ABOVE = (

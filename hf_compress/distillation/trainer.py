@@ -30,9 +30,10 @@ from hf_compress.distillation.trainer_matches import MatchingMixin
 from hf_compress.distillation.trainer_scaling import ScalingMixin
 from hf_compress.distillation.unsupported import refuse_together, refuse_unsupported
 from hf_compress.frozen import snapshot
+from hf_compress.publishing.trainers import PublishingMixin
 
 
-class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin):
+class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin, PublishingMixin):
     """Adds a teacher to a Trainer class (papers/1503.02531).
 
         class DistillSFT(DistillationMixin, SFTTrainer): ...
