@@ -91,7 +91,6 @@ def test_a_failure_says_what_happened_and_the_next_call_goes_on(
         ("verify", {"lose": True}),
         # The answer is lost, the commit is not: the download tells.
         ("commit", {"lose": True}),
-        ("resolve", {"drop": True}),
     ],
 )
 def test_what_passes_is_got_over(route, fault, hub, client, folder, unseen):
