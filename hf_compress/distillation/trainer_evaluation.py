@@ -39,7 +39,8 @@ class EvaluationMixin(Trainer):
         )
         if loss is not None and self.records.evaluation.batches == seen:
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
+                found: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = found.detach()
         return loss, predictions, labels
 
     def evaluation_loop(

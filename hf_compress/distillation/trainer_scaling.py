@@ -18,6 +18,7 @@ class ScalingMixin(Trainer):
     """Measures it on a few rows, without training."""
 
     args: Any
+    model: Any
     objective: Objective
 
     def check_scaling(self, rows: int = 8) -> Scaling:
