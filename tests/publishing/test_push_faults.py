@@ -178,7 +178,7 @@ finally:
     assert "me/unwritten" not in running_hub.store.repositories
     with pytest.raises(RuntimeError, match="has the commit, but it could not be read back"):
         client.run(limited.format('push_folder(folder, "me/full")'), folder=folder)
-    client.run('push_folder(folder, "me/full")', folder=folder)
+    push(client, folder, "me/full")
     client.close()
 
 
