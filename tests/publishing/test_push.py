@@ -226,6 +226,7 @@ def test_shards_and_packed_weights_arrive_too(code, name, hub, client):
 
 
 def test_a_token_of_the_command_line_is_not_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules[__name__])  # a worker has no program
     monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", OWNER, f"--token={OWNER}", "--push"])
     assert recipe_of(None).command.endswith(" --hub_token [token] --token=[token] --push")
 
