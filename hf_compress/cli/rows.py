@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_compress.cli.arguments import CompressArguments, DataArguments
 from hf_compress.cli.data import first_rows, held_out, load_all, tokenized
+from hf_compress.publishing.scores import task_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def load_rows(model: PreTrainedModel, folder: Path, data: str, how: Evaluation) 
             f"{data} has no column {model.main_input_name!r}, and the model no tokenizer: pass rows of "
             "what the model takes."
         )
-    causal = type(model).__name__.endswith("ForCausalLM")
+    causal = task_of(model) == "tokens"
     for column in [how.text_column] if causal else [how.text_column, how.label_column]:
         if column not in rows.column_names:
             raise ValueError(f"{data} has no column {column!r}, only {rows.column_names}.")

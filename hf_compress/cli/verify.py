@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, CompressedTensorsConfig, PreTrainedModel
 
 from hf_compress.cli.errors import refusing
 from hf_compress.cli.rows import Evaluation, batches, load_rows
@@ -46,8 +46,7 @@ def main(argv: list[str]) -> None:
     with refusing():
         folder = _folder(options.model, options.revision)
         report = _report(folder)
-        model = _load(folder, report["class_name"] if report else None)
-        claims = list(_claims(options, folder, report, model))
+        claims = list(_claims(options, folder, report))
     wrong = _print(claims)
     raise SystemExit(1 if wrong else 0)
 
@@ -102,8 +101,9 @@ def _report(folder: Path) -> dict[str, Any] | None:
     return report if "hf_compress" in report.get("environment", {}).get("versions", {}) else None
 
 
-def _load(folder: Path, class_name: str | None) -> PreTrainedModel:
-    """As floats where it is stored as integers, and on a GPU where there is one.
+def _load(folder: Path, class_name: str | None, *, floats: bool = False) -> PreTrainedModel:
+    """As its users load it, and on a GPU where there is one; with `floats` in place of integers to look
+    at them.
 
     Raises ValueError for a class that is not one of transformers: no code of a repository is run.
     """
@@ -113,22 +113,30 @@ def _load(folder: Path, class_name: str | None) -> PreTrainedModel:
     if kind is None:
         raise ValueError(f"transformers has no {names[0]!r}: only its own classes can be checked.")
     settings: Any = getattr(config, "quantization_config", None) or {}
-    model = reopen(folder, kind, settings.get("quant_method", ""))
+    model = reopen(folder, kind, settings.get("quant_method", "") if floats else "")
     if bits_of(model):
         return guard_cpu_kernels_(model)
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device)
 
 
+def _stands_for_floats(model: PreTrainedModel) -> bool:
+    """Whether its layers are of compressed-tensors, which may round their inputs too."""
+    settings: Any = getattr(model.config, "quantization_config", None)
+    return isinstance(settings, CompressedTensorsConfig)
+
+
 def _claims(
     options: argparse.Namespace,
     folder: Path,
     report: Mapping[str, Any] | None,
-    model: PreTrainedModel,
 ) -> Iterator[Claim]:
+    class_name = report["class_name"] if report else None
+    model = _load(folder, class_name)
+    opened = _load(folder, class_name, floats=True) if _stands_for_floats(model) else model
     if report is None:
         indexed_scores(folder)  # there must be a card
-        yield from _facts(folder, model)
+        yield from _facts(folder, opened)
         found, why_not = _evaluate(options, folder, None, model)
         tolerance = _HERE if options.tolerance is None else options.tolerance
         yield from index_claims(folder, found, tolerance, why_not)
@@ -136,7 +144,7 @@ def _claims(
     problems = find_problems(folder)
     yield Claim("card, beside report.json", "the same", f"{len(problems)} problems", not problems)
     yield from (Claim(f"card, {problem}", "", "", False) for problem in problems)
-    yield from file_claims(report, folder, model)
+    yield from file_claims(report, folder, opened)
     tolerance = _tolerance(report) if options.tolerance is None else options.tolerance
     found, why_not = _evaluate(options, folder, report, model)
     yield from score_claims("compressed", report["compressed"]["metrics"], found, tolerance, why_not)

@@ -60,7 +60,7 @@ def file_claims(report: Mapping[str, Any], folder: Path, model: PreTrainedModel)
     if report["quantized"] or packed:
         yield equal("bits of the packed weights", report["quantized"], packed)
     yield from _tensors(audited["tensors"], found)
-    yield from _pruned(report["recipe"]["methods"], found, model)
+    yield from _pruned(report["recipe"]["methods"], found, model, set(_widths(report)))
     if report["integers"]:
         yield from _integers(report, model)
 
@@ -123,7 +123,7 @@ def _told(tensor: Mapping[str, Any] | None) -> str:
 
 
 def _pruned(
-    methods: Iterable[Mapping[str, Any]], found: Audit, model: PreTrainedModel
+    methods: Iterable[Mapping[str, Any]], found: Audit, model: PreTrainedModel, on_grids: set[str]
 ) -> Iterator[Claim]:
     for method in methods:
         if not method.get("weights"):
@@ -139,23 +139,26 @@ def _pruned(
         kept = sum(fraction > method["weights"][name] - 1e-6 for name, fraction in sparsity.items())
         count = len(method["weights"])
         yield Claim(f"{method['method']}: weights as sparse as listed", count, kept, kept == count)
-        pattern = method.get("pattern", "unstructured")
-        if pattern == "unstructured" or bits_of(model):
+        name = method.get("pattern", "unstructured")
+        if name == "unstructured" or bits_of(model):
+            continue
+        title, pattern = f"{method['method']}: weights of pattern {name}", Pattern.parse(name)
+        if pattern.group is None and on_grids & set(method["weights"]):
+            yield Claim(title, count, "rounded since, to more zeros", None)
             continue
         targets = find_targets(plain, list(method["weights"])).targets
-        kept = sum(
-            _follows(float_weight(model, name), Pattern.parse(pattern), target.input_dim)
-            for name, target in targets.items()
+        right = sum(
+            _follows(float_weight(model, weight), pattern, target.input_dim)
+            for weight, target in targets.items()
         )
-        yield Claim(f"{method['method']}: weights of pattern {pattern}", count, kept, kept == count)
+        yield Claim(title, count, right, right == count)
 
 
 def _follows(weight: Tensor, pattern: Pattern, input_dim: int) -> bool:
     alive = weight != 0
     if pattern.group is not None and pattern.kept is not None:
         groups = grouped(alive, input_dim=input_dim, group_size=pattern.group)
-        if not (groups.sum(-1) <= pattern.kept).all():
-            return False
+        return bool((groups.sum(-1) <= pattern.kept).all())
     for axis, size in enumerate(pattern.block(weight.shape, input_dim)):
         # Blocks live and die together: along each axis all of a block are as its first.
         blocks = alive.unflatten(axis, (-1, size))

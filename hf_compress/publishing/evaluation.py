@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from hf_compress.metrics.functions import perplexity
 from hf_compress.publishing.recipe import bits_of, distils
+from hf_compress.publishing.scores import scores_of, task_of
 from hf_compress.targets import without_adapters
 
 # Names end so, also where the eval dataset has parts.
@@ -43,6 +44,8 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
                 trainer.model = model if bits_of(model) else model.to(trainer.args.device)
             with _only_known_inputs(model):
                 found = trainer.evaluate(metric_key_prefix=prefix)
+                if _is_miscounted(trainer, model) and not _in_parts(trainer):
+                    found |= {f"{prefix}_loss": _token_loss(trainer, model)}
         finally:
             trainer.model = own
         scores = {
@@ -51,11 +54,13 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
             if name.startswith(f"{prefix}_")
         }
         dropped = list(_OF_THE_RUN)
-        causal = type(model).__name__.endswith("ForCausalLM")
+        causal = task_of(model) == "tokens"
         if distils(trainer):
             dropped += ["loss", "loss_kd"] if compressed else ["loss", "loss_kd", "agreement"]
         elif trainer.args.world_size > 1 and not causal:
             # Trainer multiplies it by the number of processes where a head ignores the item count.
+            dropped.append("loss")
+        elif _is_miscounted(trainer, model) and _in_parts(trainer):
             dropped.append("loss")
         pattern = re.compile(rf"(^|_)({'|'.join(dropped)})$")
         scores = {name: value for name, value in scores.items() if not pattern.search(name)}
@@ -89,6 +94,22 @@ def rows(trainer: Any) -> int | None:
     data = trainer.eval_dataset
     parts = list(data.values()) if isinstance(data, dict) else [data]
     return sum(len(part) for part in parts) if all(map(has_length, parts)) else None
+
+
+def _is_miscounted(trainer: Any, model: PreTrainedModel) -> bool:
+    """Whether Trainer divides a loss by more tokens than it is the sum of: of a causal model it counts
+    the first token of each row too, unless the model tells its loss by name. GPT-2 does not."""
+    return task_of(model) == "tokens" and model.loss_type != "ForCausalLM" and not distils(trainer)
+
+
+def _in_parts(trainer: Any) -> bool:
+    """Whether each process, or each part of the eval dataset, has only some of the rows."""
+    return trainer.args.world_size > 1 or isinstance(trainer.eval_dataset, dict)
+
+
+def _token_loss(trainer: Any, model: PreTrainedModel) -> float:
+    batches = trainer.get_eval_dataloader()
+    return scores_of(model, batches, context=trainer.compute_loss_context_manager)["loss"]
 
 
 @contextmanager

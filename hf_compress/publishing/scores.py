@@ -10,15 +10,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.metrics.functions import accuracy, f1, matthews, mean_loss, perplexity
 
 Batch = Mapping[str, Tensor]
-_HEADS = {
-    "ForSequenceClassification": "classes",
-    "ForImageClassification": "classes",
-    "ForAudioClassification": "classes",
-    "ForCausalLM": "tokens",
+_TASKS = {
+    "sequence classification": "classes",
+    "image classification": "classes",
+    "audio classification": "classes",
+    "causal language modelling": "tokens",
 }
+
+
+def task_of(model: PreTrainedModel) -> str | None:
+    """Whether "classes" of rows or "tokens" are predicted; None where nothing is scored here."""
+    try:
+        return _TASKS.get(head_of(model).name)
+    except ValueError:
+        return None
 
 
 @torch.no_grad()
@@ -39,9 +48,11 @@ def scores_of(
 
     Raises ValueError for a model of another kind, and without any batch.
     """
-    task = next((task for head, task in _HEADS.items() if type(model).__name__.endswith(head)), None)
+    task = task_of(model)
     if task is None:
-        raise ValueError(f"a {type(model).__name__} cannot be evaluated here: {', '.join(_HEADS)} can.")
+        raise ValueError(
+            f"a {type(model).__name__} cannot be evaluated here. Models of {', '.join(_TASKS)} can."
+        )
     if task == "classes" and model.config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"{model.config.problem_type} cannot be evaluated here: one class a row can.")
     model.eval()

@@ -1,6 +1,7 @@
 """`report.json`: its numbers are those of the written files and of the models."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from publishing.runs import IDS, WRITTEN, read, score, settings
-from tiny import classification_rows, language_rows, tiny_bert, tiny_llama, tiny_mixtral
+from tiny import classification_rows, language_rows, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
 from transformers import (
     AutoModelForSequenceClassification,
     Dinov2Config,
@@ -114,6 +115,23 @@ def test_a_language_model_gets_a_perplexity_and_a_given_baseline_is_measured(tmp
     )
     assert report["dense"]["nonzeros"] > report["compressed"]["nonzeros"]
     assert "None was stated" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_loss_of_a_language_model_is_that_of_its_predicted_tokens(tmp_path):
+    """Trainer divides that of GPT-2 by all tokens, the first ones too, which nothing predicts."""
+    model, rows = tiny_gpt2(), language_rows(8)
+    run = settings(tmp_path / "run", steps=1)
+    trainer = Trainer(model, run, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    found = read(publish(trainer, folder=tmp_path / "out"))["compressed"]["metrics"]
+    data = rows.with_format("torch")
+    with torch.no_grad():
+        logits = model.eval()(data["input_ids"][:], attention_mask=data["attention_mask"][:]).logits
+    wanted = data["labels"][:][:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted).item()
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] < 0.95 * loss
 
 
 def test_of_a_bare_model_nothing_is_claimed_that_was_not_measured(tmp_path):

@@ -11,7 +11,14 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from publishing.runs import read, settings, tokenizer
-from tiny import classification_rows, language_rows, tiny_bert, tiny_llama
+from tiny import (
+    classification_rows,
+    language_rows,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+)
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from hf_compress import PruningCallback, QuantizationCallback, load_quantized, publish
@@ -177,6 +184,45 @@ def test_weights_packed_by_bitsandbytes_are_opened(bits, tmp_path, capsys):
     lie = told_otherwise(folder, tmp_path / "lie", lambda r: r.update(quantized=12 - bits))
     status, found = verify(capsys, lie)
     assert (status, found["bits of the packed weights"]) == (1, "NO")
+
+
+def pruned_blocks():
+    """Conv1D layers, and a grid that rounds more of the kept blocks to zero."""
+    blocks = PruningCallback(0.5, pattern="4x1", interval=1, end=2)
+    return tiny_gpt2(), language_rows(16), [blocks, QuantizationCallback(8, end=3)], "dense"
+
+
+def packed_experts():
+    callback = QuantizationCallback(4, group_size=16, grid="minmax")
+    return tiny_mixtral(layers=1), language_rows(16), [callback], "compressed-tensors"
+
+
+def rounded_inputs():
+    rows = classification_rows(16)
+    batch = rows.remove_columns("labels").with_format("torch")[:]
+    callback = QuantizationCallback(8, activations=8, calibration=[batch], grid="minmax")
+    return tiny_bert(), rows, [callback], "compressed-tensors"
+
+
+@pytest.mark.parametrize("made", [pruned_blocks, packed_experts, rounded_inputs])
+def test_what_is_stored_otherwise_than_it_computes_is_true_too(made, tmp_path, capsys):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    model, data, callbacks, format = made()
+    trainer = Trainer(
+        model,
+        settings(tmp_path / "run", steps=4),
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=callbacks,
+    )
+    trainer.train()
+    folder = publish(trainer, folder=tmp_path / "out", format=format)
+    data.to_json(tmp_path / "rows.jsonl")
+    words = ("--data", tmp_path / "rows.jsonl", "--batch_size", 8)
+    status, found = verify(capsys, folder, *words)
+    assert [claim for claim, verdict in found.items() if verdict == "NO"] == []
+    assert (status, found["compressed: loss"]) == (0, "yes")
+    assert ("compressed: perplexity" in found) == (made is not rounded_inputs)
 
 
 def test_a_language_model_is_evaluated_as_the_trainer_did(tmp_path, capsys):
