@@ -179,10 +179,24 @@ def fake_quantize(groups: Tensor, grid: Grid) -> Tensor:
     return _values(_codes(groups, grid), grid).to(grid.scale.dtype)
 
 
-def clipped(groups: Tensor, grid: Grid) -> Tensor:
-    """Which of the weights (..., members) lie beyond the nearest code: a bool mask."""
-    codes = _unbounded(groups, grid)
-    return (codes < grid.lowest).logical_or_(codes > grid.highest)
+def fake_quantize_(groups: Tensor, grid: Grid) -> None:
+    """Puts the weights (..., members) on their nearest values: `fake_quantize` in place, which copies
+    none of float32."""
+    if groups.dtype == torch.float32:
+        codes = _rounded_(groups.mul_(_inverse(grid)), grid)
+        _values(codes.clamp_(grid.lowest, grid.highest), grid)
+    else:
+        groups.copy_(fake_quantize(groups, grid))
+
+
+def stop_clipped_(gradient: Tensor, groups: Tensor, grid: Grid) -> None:
+    """Zeroes in place the gradient of those weights (..., members) that lie beyond the nearest code."""
+    codes = _unbounded(groups, grid).to(gradient.dtype)
+    # The straight-through estimator of a clipped value is hardtanh's gradient: one pass over the
+    # weights, where comparisons and a masked fill are several, and slow ones.
+    torch.ops.aten.hardtanh_backward.grad_input(
+        gradient, codes, grid.lowest - 0.5, grid.highest + 0.5, grad_input=gradient
+    )
 
 
 def _codes(groups: Tensor, grid: Grid) -> Tensor:
@@ -190,9 +204,18 @@ def _codes(groups: Tensor, grid: Grid) -> Tensor:
 
 
 def _unbounded(groups: Tensor, grid: Grid) -> Tensor:
-    codes = (groups.float() * (1.0 / grid.scale.float()).unsqueeze(-1)).round_()
+    return _rounded_(groups.float() * _inverse(grid), grid)
+
+
+def _inverse(grid: Grid) -> Tensor:
+    return (1.0 / grid.scale.float()).unsqueeze(-1)
+
+
+def _rounded_(ratios: Tensor, grid: Grid) -> Tensor:
+    """In place, of weights as multiples of the scale."""
     # Adding 0 makes -0 positive, as an integer would.
-    return codes.add_(0.0 if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1))
+    zero_point = 0.0 if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1)
+    return ratios.round_().add_(zero_point)
 
 
 def _values(codes: Tensor, grid: Grid) -> Tensor:

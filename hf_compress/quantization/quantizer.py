@@ -16,11 +16,12 @@ from hf_compress.quantization.grids import (
     Grid,
     GroupSize,
     Scheme,
-    clipped,
     fake_quantize,
+    fake_quantize_,
     fit,
     grouped,
     scale_shape,
+    stop_clipped_,
 )
 from hf_compress.quantization.learned import learn_scale_, scale_gradient
 from hf_compress.quantization.requirements import check_weight
@@ -174,7 +175,7 @@ class Quantizer(TimedConstraint):
                 if self.learn_scale and not self._finished:
                     moments = local(member["scale_mean"]), local(member["scale_square"])
                     learn_scale_(grid.scale, scale_gradient(latent, grad, grid), *moments, self._rate())
-                grad.masked_fill_(clipped(latent, grid), 0)
+                stop_clipped_(grad, latent, grid)
 
     def update(self, members: Sequence[Member]) -> None:
         self._check_time()
@@ -194,7 +195,7 @@ class Quantizer(TimedConstraint):
             weight = self._groups(member, member.param)
             if self._due or member.name not in self._grids:
                 self._keep(member, self._found(member, weight, self._bits))
-            weight.copy_(fake_quantize(weight, self._grids[member.name]))
+            fake_quantize_(weight, self._grids[member.name])
 
     def _found(self, member: Member, weight: Tensor, bits: int) -> Grid:
         if self._is_given(bits):

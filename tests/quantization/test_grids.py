@@ -1,5 +1,6 @@
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from hf_compress.quantization.grids import (
     check_finite,
     dequantize,
     fake_quantize,
+    fake_quantize_,
     fit,
     grouped,
     quantize,
+    stop_clipped_,
 )
 
 SCHEMES = [
@@ -230,6 +233,34 @@ def test_equals_torchao_bit_for_bit(bits, group_size):
         codes = primitives.quantize_affine(weight, block, scale, zero_point, torch.int8, *bounds)
         theirs = primitives.dequantize_affine(codes, block, scale, zero_point, torch.int8, *bounds)
         assert ours("minmax", symmetric=symmetric).equal(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize(("grid", "symmetric"), SCHEMES)
+def test_in_place_it_is_the_same_and_the_gradient_stops_where_it_clips(grid, symmetric, bits, dtype):
+    conv = weights(rows=48, members=8).to(dtype)
+    groups = grouped(conv, input_dim=0, group_size=16)  # not contiguous
+    fitted = fit(groups, Scheme(bits=bits, grid=grid, symmetric=symmetric))
+    fitted = replace(fitted, scale=0.5 * fitted.scale)  # so that some are clipped
+    scale, zero = fitted.scale.float(), 0.0 if symmetric else fitted.zero_point.float()
+    # Just between two codes too: the nearest even one counts.
+    groups[0, :, 0] = (scale * (fitted.highest - zero + 0.5))[0].to(dtype)
+    groups[1, :, 1] = (scale * (fitted.lowest - zero - 0.5))[1].to(dtype)
+    codes = (groups.float() * (1 / scale).unsqueeze(-1)).round()
+    codes += 0.0 if symmetric else zero.unsqueeze(-1)
+    beyond = (codes < -(2 ** (bits - 1))) | (codes > 2 ** (bits - 1) - 1)
+    assert 0.01 < beyond.float().mean() < 0.9
+
+    given = torch.randn_like(groups)
+    gradient = given.clone()
+    stop_clipped_(gradient, groups, fitted)
+    assert gradient.equal(given.masked_fill(beyond, 0))
+
+    expected = fake_quantize(groups, fitted)
+    fake_quantize_(groups, fitted)
+    assert groups.equal(expected)
+    assert grouped(conv, input_dim=0, group_size=16).equal(expected)
 
 
 @pytest.mark.parametrize(
