@@ -6,13 +6,13 @@
 
 Methods: `dense`; `nf4`, `fp4` and `int8` of bitsandbytes; `torchao-BITS` and `auto-round-BITS`, the
 second in an environment of its own (`pip install torch==2.13.0 auto-round`), with `--group_size`; and
-ours as KIND-GRID-BITS: `rtn` rounds to nearest, `gptq` does so with calibration, `trained` trains on
-the grid, distilled from the dense model, and `gptq-trained` begins that where GPTQ ended. Grids are
+ours as KIND-GRID-BITS: `rtn` rounds to nearest, `gptq` and `blockwise` do better with calibration, and
+`gptq-trained` and `blockwise-trained` train on from there, distilled from the dense model. Grids are
 symmetric, as those of torchao and auto-round are by default, but for minmax and median, which have
 zero points. The output layer, which is the embedding too, stays dense for all. The GGUF's weights lie
 on a 4-bit grid, which would look free; so the dense model is first trained a little in fp32, and all
 methods start from that. Calibration and training read different parts of one collection, evaluation
-another book. What is done is kept in the cache, so that a stopped run goes on where it was. Prints
+another book. Embeddings do not train. What is done is kept in the cache, so that a stopped run goes on where it was. Prints
 JSON; `file_bytes` is null where the method was measured without writing its file.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from minilm import CACHE, cached
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from smollm2 import load, perplexity, rows
 from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 from tqdm import tqdm
@@ -39,6 +39,8 @@ from hf_compress import (
     quantize_oneshot_,
     save_quantized,
 )
+from hf_compress.quantization.grids import Grid
+from hf_compress.quantization.oneshot import STEPS
 
 BITSANDBYTES = {
     "int8": {"load_in_8bit": True},
@@ -55,19 +57,20 @@ OURS = tuple(
     for kind, grids in (
         ("rtn", GRIDS),
         ("gptq", ("mse",)),
-        ("trained", ("mse",)),
         ("gptq-trained", ("mse",)),
+        ("blockwise", ("mse",)),
+        ("blockwise-trained", ("mse",)),
     )
     for grid in grids
 )
 
 
-def settings(output, options, steps):
+TUNING = {"max_steps": 50, "per_device_train_batch_size": 2, "learning_rate": 5e-5}
+
+
+def settings(output):
     return {
         "output_dir": output,
-        "max_steps": steps,
-        "per_device_train_batch_size": options.batch,
-        "learning_rate": options.learning_rate,
         "warmup_steps": 0.1,
         "save_strategy": "no",
         "logging_steps": 10,
@@ -83,12 +86,12 @@ def dataset(ids):
 
 def tuned(ids, options):
     """Folder of the dense model after a little training in fp32; made once and kept in the cache."""
-    size = f"{options.batch}x{options.length}-of-{options.train_rows}"
-    folder = CACHE / f"smollm2-{options.tuning_steps}-steps-{size}-{options.learning_rate}"
+    size = "-".join(map(str, (*TUNING.values(), options.length, options.train_rows)))
+    folder = CACHE / f"smollm2-tuned-{size}"
     if not (folder / "config.json").exists():
         model, tokenizer = load()
         with tempfile.TemporaryDirectory() as output:
-            arguments = TrainingArguments(**settings(output, options, options.tuning_steps))
+            arguments = TrainingArguments(**settings(output), **TUNING)
             Trainer(model, arguments, train_dataset=dataset(ids)).train()
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
@@ -138,12 +141,20 @@ def by_auto_round(method, folder, written, data, options):
 
 
 def train_on(model, folder, scheme, grids, data, options):
-    """Trains the model on its grids, or where there are none on those of the scheme; returns them."""
+    """Trains the model on from its grids; returns those that it ends on."""
     set_seed(0)
-    callback = QuantizationCallback(**scheme, grids=grids, learn_scale=options.learn_scale)
+    callback = QuantizationCallback(**scheme, grids=grids, learn_scale=True, end=1.0)
+    model.get_input_embeddings().requires_grad_(False)
     with tempfile.TemporaryDirectory() as output:
         arguments = DistillationArguments(
-            **settings(output, options, options.steps), bf16=options.bf16, alpha=options.alpha
+            **settings(output),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="cosine",
+            bf16=True,
+            alpha=1.0,
+            temperature=1.0,
         )
         DistillationTrainer(
             model,
@@ -156,28 +167,51 @@ def train_on(model, folder, scheme, grids, data, options):
     return callback.grids
 
 
-def by_us(method, folder, written, data, options):
-    *kinds, grid, bits = method.split("-")
+def rounded(kind, scheme, folder, kept, data, options):
+    """The model in one shot on its grids, and these. They are kept, since a training begins there too."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    params = dict(model.named_parameters())
+    if not kept.exists():
+        batches = [{"input_ids": part} for part in data["calibration"].split(4)]
+        given = () if kind == "rtn" else (batches,)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "blockwise"):
+            grids = quantize_oneshot_(model, *given, method=kind, steps=options.block_steps, **scheme)
+        tensors = {f"weight/{name}": params[name].detach() for name in grids}
+        for name, grid in grids.items():
+            tensors[f"scale/{name}"] = grid.scale
+            if grid.zero_point is not None:
+                tensors[f"zero_point/{name}"] = grid.zero_point
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, kept)
+    tensors, grids = load_file(kept), {}
+    for name, param in params.items():
+        if f"weight/{name}" in tensors:
+            param.data.copy_(tensors[f"weight/{name}"])
+            grids[name] = Grid(
+                scale=tensors[f"scale/{name}"],
+                zero_point=tensors.get(f"zero_point/{name}"),
+                bits=scheme["bits"],
+            )
+    return model, grids
+
+
+def by_us(method, folder, written, runs, data, options):
+    kind, *trained, grid, bits = method.split("-")
     scheme = {
         "bits": int(bits),
         "group_size": options.group_size,
         "grid": grid,
         "symmetric": grid not in AFFINE,
     }
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    grids = None
-    if kinds[0] == "rtn":
-        grids = quantize_oneshot_(model, **scheme)
-    elif kinds[0] == "gptq":
-        batches = [{"input_ids": part} for part in data["calibration"].split(4)]
-        grids = quantize_oneshot_(model, batches, method="gptq", **scheme)
-    if kinds[-1] == "trained":
+    kept = runs / f"{kind}-{grid}-{bits}.safetensors"
+    model, grids = rounded(kind, scheme, folder, kept, data, options)
+    if trained:
         grids = train_on(model, folder, scheme, grids, data, options)
     save_quantized(model, written, grids=grids)
     return model, file_bytes(written)
 
 
-def run(method, folder, data, options):
+def run(method, folder, runs, data, options):
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as written:
         if method == "dense":
@@ -190,7 +224,7 @@ def run(method, folder, data, options):
         elif method in AUTO_ROUND:
             model, size = by_auto_round(method, folder, written, data, options)
         else:
-            model, size = by_us(method, folder, written, data, options)
+            model, size = by_us(method, folder, written, runs, data, options)
     seconds = time.perf_counter() - start
     return {
         "perplexity": perplexity(model.eval(), data["evaluation"]),
@@ -207,15 +241,12 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
     parser.add_argument("--group_size", type=int, default=64, help="of our methods")
     parser.add_argument("--length", type=int, default=256, help="tokens for each row")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tuning_steps", type=int, default=100, help="of the dense model, in fp32")
+    parser.add_argument("--batch", type=int, default=2, help="of training on the grid")
     parser.add_argument("--steps", type=int, default=300, help="of training on the grid")
-    parser.add_argument("--learn_scale", action="store_true", help="in that training")
-    parser.add_argument("--bf16", action="store_true", help="autocast in that training")
-    parser.add_argument("--learning_rate", type=float, default=5e-5)
-    parser.add_argument("--alpha", type=float, default=0.9)
+    parser.add_argument("--block_steps", type=int, default=STEPS, help="of each block, by blockwise")
+    parser.add_argument("--learning_rate", type=float, default=5e-5, help="in that training")
     parser.add_argument("--train_rows", type=int, default=400)
-    parser.add_argument("--calibration_rows", type=int, default=32)
+    parser.add_argument("--calibration_rows", type=int, default=128)
     parser.add_argument("--evaluation_rows", type=int, default=64)
     parser.add_argument("--peer_python", help="the Python that auto-round is installed for")
     parser.add_argument("--auto_round_iters", type=int, default=200, help="its default is 200")
@@ -224,19 +255,19 @@ def main():
     prose = rows(
         tokenizer, "book-excerpts", options.calibration_rows + options.train_rows, options.length
     )
-    train = prose[options.calibration_rows :]
+    train = prose[: options.train_rows]
     data = {
         "train": train,
-        "calibration": prose[: options.calibration_rows],
+        "calibration": prose[options.train_rows :],
         "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
     }
     folder = tuned(train, options)
-    cut = ("group_size", "steps", "learn_scale", "bf16", "learning_rate", "alpha", "auto_round_iters")
+    cut = ("group_size", "steps", "batch", "learning_rate", "block_steps", "auto_round_iters")
     cut += ("calibration_rows", "evaluation_rows")
     runs = folder.with_name("-".join([folder.name, *(str(vars(options)[name]) for name in cut)]))
     found = {
         method: cached(
-            runs / f"{method}.json", lambda method=method: run(method, folder, data, options)
+            runs / f"{method}.json", lambda method=method: run(method, folder, runs, data, options)
         )
         for method in tqdm(options.methods, unit="run")
     }

@@ -38,7 +38,7 @@ def layer_by_layer(
     """
     with evaluating(model), eager_experts(model, targets):
         layers = called_once(model, batches[0], {target.owner for target in targets})
-        decoder = _decoder_around(model, layers)
+        decoder = decoder_around(model, layers)
         inputs = LayerInputs(batches, accumulate)
         with (
             closing(lockstep(model, batches, {*layers, *decoder})) as steps,
@@ -63,7 +63,7 @@ def matrices(tensor: Tensor, target: Target) -> list[Tensor]:
     return [matrix.t() for matrix in found] if target.input_dim in (0, -2) else found
 
 
-def _decoder_around(model: nn.Module, layers: Sequence[str]) -> list[str]:
+def decoder_around(model: nn.Module, layers: Sequence[str]) -> list[str]:
     """The name of the decoder, in a model that also has an encoder, if it holds any of `layers`."""
     inner = without_adapters(model)
     if not isinstance(inner, PreTrainedModel) or not inner.config.is_encoder_decoder:

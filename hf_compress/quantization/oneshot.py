@@ -18,6 +18,7 @@ from hf_compress.calibration.layerwise import layer_by_layer, matrices
 from hf_compress.calibration.offloading import in_memory
 from hf_compress.calibration.requirements import check_damping, check_experts, check_targets
 from hf_compress.calibration.second_order import add_gram
+from hf_compress.quantization.blockwise import round_block_by_block
 from hf_compress.quantization.gptq import gptq, ordered_factor
 from hf_compress.quantization.grids import (
     Grid,
@@ -30,7 +31,9 @@ from hf_compress.quantization.grids import (
 )
 from hf_compress.targets import Target, find_targets
 
-Rounding = Literal["rtn", "gptq"]
+Rounding = Literal["rtn", "gptq", "blockwise"]
+
+STEPS = 200
 
 
 @torch.no_grad()
@@ -46,18 +49,24 @@ def quantize_oneshot_(
     targets: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
     damping: float = 0.01,
+    steps: int = STEPS,
 ) -> dict[str, Grid]:
     """Puts the weights of `model` on integer grids in place, and returns these by name.
 
-    calibration: of "gptq": batches, mappings of tensors as the model's forward takes; some 32 to 128
-        rows of what the model is meant for. How they are cut into batches does not matter.
+    calibration: of "gptq" and "blockwise": batches, mappings of tensors as the model's forward takes;
+        some 32 to 128 rows of what the model is meant for. How they are cut into batches does not
+        matter for "gptq"; a step of "blockwise" takes one of them, of some four rows.
     bits, group_size, grid, symmetric: see `hf_compress.quantization.grids.Scheme`.
     method: "rtn" rounds each weight to the nearest value of its grid; "gptq" (arXiv:2210.17323) rounds
         one input feature after the other, those with the largest inputs first, and lets the rest make
-        up for the error, on the same grid.
+        up for the error, on the same grid; "blockwise" (as BRECQ, arXiv:2102.05426, AutoRound,
+        arXiv:2309.05516, and EfficientQAT, arXiv:2407.11062) trains the weights and the scales of one
+        block of layers after the other, so that it answers as the dense one: dearer, and the best of
+        the three at few bits.
     targets, ignore: see `hf_compress.targets.find_targets`. By default the Linear and Conv1D layers
         and experts of the backbone.
     damping: of "gptq": what is added to the Hessian as a fraction of its mean diagonal.
+    steps: of "blockwise": of the training of each block.
 
     What is zero stays zero, so that a pruned model stays pruned. The weights are floats of the grid, in
     their dtype: `save_quantized(model, folder, grids=...)` writes exactly these as integers.
@@ -70,18 +79,25 @@ def quantize_oneshot_(
 
     For "gptq" all batches go through the model once, in evaluation mode, each layer rounded as soon as
     all of them stand before it: for memory, batches, and offloaded weights see `prune_oneshot_`.
-    Experts to which no position is routed are rounded to nearest.
+    Experts to which no position is routed are rounded to nearest. For "blockwise", see
+    `hf_compress.quantization.blockwise.round_block_by_block`, all batches stand before the same block
+    twice, and one block has its gradients and moments in memory.
 
     Raises ValueError before anything is changed for wrong settings, targets that match nothing, weights
     that are packed, sharded, not finite or on the meta device, a `group_size` that does not divide, and
     calibration that is missing, empty, NaN, not wanted by "rtn" or that does not reach a layer, and
-    TypeError for calibration that is not made of tensors; on the way, with layers already rounded,
+    TypeError for calibration that is not made of tensors; for "blockwise" also where weights are
+    offloaded or not in float32; on the way, with layers already rounded,
     ValueError where batches are not of one kind, or where inputs are NaN or infinite.
     """
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric, grid=grid)
     if method not in get_args(Rounding):
         raise ValueError(f"`method` is {method!r}; there are {', '.join(get_args(Rounding))}.")
     check_damping(damping)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(
+            f"`steps` is {steps!r}: pass how many the training of a block takes, 1 or more."
+        )
     selection = find_targets(model, targets, ignore)
     check_targets(model, selection, None)
     for name, target in selection.targets.items():
@@ -90,12 +106,17 @@ def quantize_oneshot_(
     if method == "rtn":
         if calibration is not None:
             raise ValueError(
-                "'rtn' reads no `calibration`: leave it out, or pass `method=\"gptq\"`, which does."
+                "'rtn' reads no `calibration`: leave it out, or pass `method=\"gptq\"` or "
+                '"blockwise", which do.'
             )
         return _round_to_nearest(model, chosen, scheme)
     if calibration is None:
         raise ValueError(f"{method!r} needs `calibration`, batches of what the model is meant for.")
     batches = check_calibration(calibration)
+    if method == "blockwise":
+        for target in chosen:
+            _check_trainable(target)
+        return round_block_by_block(model, batches, chosen, scheme, steps=steps)
     check_experts(batches, selection)
     return _round_layer_by_layer(model, batches, chosen, scheme, damping)
 
@@ -137,6 +158,20 @@ def _round_layer_by_layer(
                     order, factor = order.to(matrix.device), factor.to(matrix.device)
                     matrix.copy_(gptq(matrix.float(), order, factor, its_grid))
     return grids
+
+
+def _check_trainable(target: Target) -> None:
+    if target.param.is_meta:
+        raise ValueError(
+            f"`{target.name}` is offloaded, and 'blockwise' trains it: load the model into memory, or "
+            'pass `method="gptq"`.'
+        )
+    if target.param.dtype != torch.float32:
+        raise ValueError(
+            f"`{target.name}` is {target.param.dtype}, too coarse for the small steps of 'blockwise': "
+            'load the model with `dtype=torch.float32`, or pass `method="gptq"`. Under '
+            "`torch.autocast` it still computes in bfloat16."
+        )
 
 
 def _by_matrix(grid: Grid, target: Target) -> list[Grid]:
