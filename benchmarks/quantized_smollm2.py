@@ -12,8 +12,9 @@ symmetric, as those of torchao and auto-round are by default, but for minmax and
 zero points. The output layer, which is the embedding too, stays dense for all. The GGUF's weights lie
 on a 4-bit grid, which would look free; so the dense model is first trained a little in fp32, and all
 methods start from that. Calibration and training read different parts of one collection, evaluation
-another book. Embeddings do not train. What is done is kept in the cache, so that a stopped run goes on where it was. Prints
-JSON; `file_bytes` is null where the method was measured without writing its file.
+another book; in training the embedding stays as it is. What is done is kept in the cache, so that a
+stopped run goes on where it was. Prints JSON; `file_bytes` is null where the method was measured
+without writing its file.
 """
 
 import argparse
@@ -168,7 +169,7 @@ def train_on(model, folder, scheme, grids, data, options):
 
 
 def rounded(kind, scheme, folder, kept, data, options):
-    """The model in one shot on its grids, and these. They are kept, since a training begins there too."""
+    """The model in one shot on its grids, and these; kept, since a training begins there too."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     params = dict(model.named_parameters())
     if not kept.exists():

@@ -29,8 +29,10 @@ from hf_compress.schedules import Schedule, check_interval
 from hf_compress.targets import Target
 
 INTERVAL = 50
-# A scale can double within some hundred steps, as weights of few bits need it. At a fifth of this the
-# scales of 2 bits stayed near their first fit; at twice this they swayed under a large learning rate.
+# How far a step of its scale moves the value of the highest code, in steps of the grid. At 2 bits that
+# is the relative change, and a scale can double within some hundred steps, as these need it: at a fifth
+# of this they stayed near their first fit, and at twice this they swayed under a large learning rate.
+# With more bits the same relative change would move a weight of many steps by more than rounding does.
 SCALE_RATE = 1e-2
 
 
@@ -45,9 +47,9 @@ class Quantizer(TimedConstraint):
     interval: optimizer steps between two fits of the grid to the latent weights; by default each step
         for "absmax" and "minmax", and for the others 50, less where the time is so short that there
         would be fewer than ten fits. The first weights on the grid, new bits and `end` are fitted too.
-    learn_scale: whether the scales are trained too, from their first fit on until `end`, by steps of
-        about 1 % that shrink towards `end`: see `hf_compress.quantization.learned`. Only new bits are
-        fitted again then.
+    learn_scale: whether the scales are trained too, from their first fit on until `end`, by steps that
+        move the highest code by about 1 % of a step of the grid and shrink towards `end`: see
+        `hf_compress.quantization.learned`. Only new bits are fitted again then.
     grids: by the name of the weight the grid to begin with, as `quantize_oneshot_` returns them: with
         the first of `bits` the weights lie on these, which are not fitted again (scales may be learnt).
         Without them they are fitted, as `grid` says.
@@ -218,7 +220,8 @@ class Quantizer(TimedConstraint):
     def _rate(self) -> float:
         """Of the coming step of the scales: zero at `end`, so that the grid is at rest when fixed."""
         start, end = self.schedule.span(self._max_steps)
-        return SCALE_RATE * max(end - self._step, 0) / max(end - start, 1)
+        highest = 2 ** (cast(int, self._bits) - 1) - 1
+        return SCALE_RATE / highest * max(end - self._step, 0) / max(end - start, 1)
 
     def _groups(self, member: Member, tensor: Tensor) -> Tensor:
         """This rank's part of `tensor`, which lies as the weight does, as (*groups, members)."""

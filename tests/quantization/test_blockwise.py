@@ -78,7 +78,7 @@ def plain(layer, calls, answers, masks, bits, group_size, steps=STEPS):
             square[n] = SQUARE * square[n] + (1 - SQUARE) * by_log**2
             # The scales are told the step that is coming, and are at rest in the last.
             scale[n] = scale[n] * torch.exp(
-                -SCALE_RATE * (1 - step / steps) * mean[n] / square[n].sqrt()
+                -SCALE_RATE / high * (1 - step / steps) * mean[n] / square[n].sqrt()
             )
             codes = (latent[n] * (1 / scale[n])).round()
             grad = (
