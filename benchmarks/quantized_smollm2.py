@@ -66,7 +66,7 @@ OURS = tuple(
 )
 
 
-TUNING = {"max_steps": 50, "per_device_train_batch_size": 2, "learning_rate": 5e-5}
+TUNING = {"max_steps": 100, "per_device_train_batch_size": 2, "learning_rate": 5e-5}
 
 
 def settings(output):
@@ -87,8 +87,8 @@ def dataset(ids):
 
 def tuned(ids, options):
     """Folder of the dense model after a little training in fp32; made once and kept in the cache."""
-    size = "-".join(map(str, (*TUNING.values(), options.length, options.train_rows)))
-    folder = CACHE / f"smollm2-tuned-{size}"
+    layout = (options.length, options.calibration_rows, options.train_rows)
+    folder = CACHE / "-".join(map(str, ("smollm2-tuned", *TUNING.values(), *layout)))
     if not (folder / "config.json").exists():
         model, tokenizer = load()
         with tempfile.TemporaryDirectory() as output:
@@ -247,7 +247,7 @@ def main():
     parser.add_argument("--block_steps", type=int, default=STEPS, help="of each block, by blockwise")
     parser.add_argument("--learning_rate", type=float, default=5e-5, help="in that training")
     parser.add_argument("--train_rows", type=int, default=400)
-    parser.add_argument("--calibration_rows", type=int, default=128)
+    parser.add_argument("--calibration_rows", type=int, default=32)
     parser.add_argument("--evaluation_rows", type=int, default=64)
     parser.add_argument("--peer_python", help="the Python that auto-round is installed for")
     parser.add_argument("--auto_round_iters", type=int, default=200, help="its default is 200")
@@ -256,10 +256,10 @@ def main():
     prose = rows(
         tokenizer, "book-excerpts", options.calibration_rows + options.train_rows, options.length
     )
-    train = prose[: options.train_rows]
+    train = prose[options.calibration_rows :]
     data = {
         "train": train,
-        "calibration": prose[options.train_rows :],
+        "calibration": prose[: options.calibration_rows],
         "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
     }
     folder = tuned(train, options)
