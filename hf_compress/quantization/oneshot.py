@@ -61,8 +61,7 @@ def quantize_oneshot_(
         one input feature after the other, those with the largest inputs first, and lets the rest make
         up for the error, on the same grid; "blockwise" (as BRECQ, arXiv:2102.05426, AutoRound,
         arXiv:2309.05516, and EfficientQAT, arXiv:2407.11062) trains the weights and the scales of one
-        block of layers after the other, so that it answers as the dense one: dearer, and the best of
-        the three at few bits.
+        block of layers after the other, so that it answers as the dense one: dearer, for few bits.
     targets, ignore: see `hf_compress.targets.find_targets`. By default the Linear and Conv1D layers
         and experts of the backbone.
     damping: of "gptq": what is added to the Hessian as a fraction of its mean diagonal.
@@ -86,9 +85,9 @@ def quantize_oneshot_(
     Raises ValueError before anything is changed for wrong settings, targets that match nothing, weights
     that are packed, sharded, not finite or on the meta device, a `group_size` that does not divide, and
     calibration that is missing, empty, NaN, not wanted by "rtn" or that does not reach a layer, and
-    TypeError for calibration that is not made of tensors; for "blockwise" also where weights are
-    offloaded or not in float32; on the way, with layers already rounded,
-    ValueError where batches are not of one kind, or where inputs are NaN or infinite.
+    TypeError for calibration that is not made of tensors; ValueError for "blockwise" where weights are
+    offloaded or not in float32; on the way, with layers already rounded, where batches are not of one
+    kind, or where inputs are NaN or infinite.
     """
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric, grid=grid)
     if method not in get_args(Rounding):
