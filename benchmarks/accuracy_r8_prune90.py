@@ -23,6 +23,7 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--length", type=int, default=128, help="tokens for each row")
     parser.add_argument("--dense_epochs", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true", help="autocast, faster where the CPU has it")
     options = parser.parse_args()
     tokenizer, train, test, names = minilm.load("reuters-r8", options.length)
     folder = minilm.dense(
@@ -34,6 +35,7 @@ def main():
         length=options.length,
         epochs=options.dense_epochs,
         learning_rate=2e-4,
+        bf16=options.bf16,
     )
     with tempfile.TemporaryDirectory() as output:
         baseline = minilm.trainer(minilm.classifier(folder, names), output, tokenizer, train, test)
@@ -52,6 +54,7 @@ def main():
                 callbacks=[callback],
                 seed=seed,
                 learning_rate=options.learning_rate,
+                bf16=options.bf16,
             )
             run.train()
             result["pruned"].append(run.evaluate()["eval_accuracy"])

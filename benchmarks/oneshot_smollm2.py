@@ -8,6 +8,7 @@ without `--peer_python` it is left out. Calibrates on rows of one book and measu
 GGUF is turned into fp32 weights once; each method then starts from that file in a process of its own,
 with the same rows in the same order on as many threads, and writes its weights, which this process
 evaluates. The peer takes batches of one row, its default, which takes it the least memory.
+`--allocations` other than uniform share out the sparsity among the weights, ours only.
 Seconds are those of pruning; `loaded_megabytes` is the resident memory when it begins,
 `peak_megabytes` the highest until it ends, of the process with all that it has imported.
 Prints JSON.
@@ -31,6 +32,7 @@ from transformers.utils import logging
 
 OURS, PEER = "hf-compress", "llmcompressor"
 PEER_SCORES = ("sparsegpt", "wanda")
+ALLOCATIONS = ("uniform", "owl", "erk")
 
 
 def prepare(folder, options):
@@ -43,14 +45,24 @@ def prepare(folder, options):
     return model, rows(tokenizer, options.evaluation, options.evaluation_rows, options.length)
 
 
-def our_pruning(model, batches, score, pattern, sparsity):
+def our_pruning(model, batches, score, pattern, allocation, sparsity):
+    from hf_compress.pruning.allocate import erk, owl
     from hf_compress.pruning.oneshot.prune import prune_oneshot_
+    from hf_compress.pruning.outliers import outlier_ratios
+    from hf_compress.targets import find_targets
 
-    asked = sparsity if pattern == "unstructured" else None
-    return lambda: prune_oneshot_(model, batches, score=score, pattern=pattern, sparsity=asked)
+    def asked():
+        weights = find_targets(model).parameters
+        if pattern != "unstructured":
+            return None
+        if allocation == "owl":
+            return owl(weights, sparsity, outlier_ratios(model, batches))
+        return erk(weights, sparsity) if allocation == "erk" else sparsity
+
+    return lambda: prune_oneshot_(model, batches, score=score, pattern=pattern, sparsity=asked())
 
 
-def peer_pruning(model, batches, score, pattern, sparsity):
+def peer_pruning(model, batches, score, pattern, allocation, sparsity):
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
@@ -68,13 +80,13 @@ def prune(options):
     """The work of one process: prunes, writes the weights, and prints what it took."""
     torch.set_num_threads(options.threads)
     folder = Path(options.folder)
-    tool, score, pattern = options.one
+    tool, score, pattern, allocation = options.one
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = load_file(folder / "calibration.safetensors")["input_ids"]
     size = options.batch if tool == OURS else options.peer_batch
     batches = [{"input_ids": part} for part in ids.split(size)]
     prepared = our_pruning if tool == OURS else peer_pruning
-    pruning = prepared(model, batches, score, pattern, options.sparsity)
+    pruning = prepared(model, batches, score, pattern, allocation, options.sparsity)
     # Loading holds the weights twice; this sets the peak back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     loaded, start = peak_bytes(), time.perf_counter()
@@ -87,6 +99,7 @@ def prune(options):
         "transformers": version("transformers"),
         "score": score,
         "pattern": pattern,
+        "allocation": allocation,
         "seconds": round(seconds, 1),
         "loaded_megabytes": round(loaded / 1e6),
         "peak_megabytes": round(peak / 1e6),
@@ -94,7 +107,7 @@ def prune(options):
     print(json.dumps(found))
 
 
-def measure(tool, score, pattern, *, folder, model, ids, options):
+def measure(tool, score, pattern, allocation, *, folder, model, ids, options):
     """What `prune` finds in another process, with the sparsity and perplexity of what it wrote."""
     passed = ["batch", "peer_batch", "sparsity", "threads"]
     process = subprocess.run(
@@ -103,7 +116,7 @@ def measure(tool, score, pattern, *, folder, model, ids, options):
             __file__,
             *[f"--{name}={vars(options)[name]}" for name in passed],
             f"--folder={folder}",
-            *["--one", tool, score, pattern],
+            *["--one", tool, score, pattern, allocation],
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -132,6 +145,7 @@ def main():
     parser.add_argument("--peer_python", help="the Python that llm-compressor is installed for")
     parser.add_argument("--scores", nargs="+", default=["sparsegpt", "wanda", "magnitude"])
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "2:4"])
+    parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=ALLOCATIONS[:1])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--rows", type=int, default=32, help="for calibration")
     parser.add_argument("--length", type=int, default=512, help="tokens for each row")
@@ -142,7 +156,7 @@ def main():
     parser.add_argument("--evaluation_rows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.disable_progress_bar()
     if options.one:
@@ -153,14 +167,16 @@ def main():
         folder = Path(name)
         model, ids = prepare(folder, options)
         dense = perplexity(model, ids)
-        found = []
-        for pattern in options.patterns:
-            for score in options.scores:
-                with_peer = options.peer_python and score in PEER_SCORES
-                found += [
-                    measure(tool, score, pattern, folder=folder, model=model, ids=ids, options=options)
-                    for tool in ((OURS, PEER) if with_peer else (OURS,))
-                ]
+        runs = [
+            (tool, score, pattern, allocation)
+            for pattern in options.patterns
+            for score in options.scores
+            for allocation in (options.allocations if pattern == "unstructured" else ["uniform"])
+            for tool in (OURS, PEER)
+            if tool == OURS
+            or (options.peer_python and score in PEER_SCORES and allocation == "uniform")
+        ]
+        found = [measure(*run, folder=folder, model=model, ids=ids, options=options) for run in runs]
     hidden = ("one", "folder", "peer_python", "scores", "patterns")
     settings = {key: value for key, value in vars(options).items() if key not in hidden}
     peer = "measured" if options.peer_python else "left out: no --peer_python"

@@ -1,10 +1,11 @@
-"""Every score and pattern on 20 Newsgroups, MiniLM distilled from its dense self while it is pruned,
-against torch.nn.utils.prune: one-shot magnitude, global or by layer, then the same training.
+"""Every score, pattern and allocation on 20 Newsgroups, MiniLM distilled from its dense self while it
+is pruned, against torch.nn.utils.prune: one-shot magnitude, global or by layer, then the same training.
 
     python benchmarks/scores_20newsgroups.py --methods obd one-shot 2:4 --sparsity 0.9 0.95
 
 Each run is kept in the cache as soon as it is done, so that a sweep which was stopped goes on where it
-was. Prints JSON; `zeros` are those counted in the targeted weights of the trained model.
+was. Prints JSON; `zeros` are those counted in the targeted weights of the trained model. Allocations
+rank by OBD within each weight; "sensitivity" has scanned 256 training rows.
 """
 
 import argparse
@@ -12,19 +13,22 @@ import json
 import tempfile
 
 import minilm
+import torch
 from torch.nn.utils import prune
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import DataCollatorWithPadding, set_seed
 
-from hf_compress import PruningCallback
+from hf_compress import PruningCallback, scan_sensitivity
 from hf_compress.callbacks.rigl import RigLCallback
+from hf_compress.pruning.allocate import by_sensitivity, erk, uniform
 from hf_compress.targets import find_targets
 
 CORPUS = "20newsgroups"
 SCORES = ("obd", "taylor", "magnitude", "wanda", "random")
 PATTERNS = ("4x1", "1x4", "2:4")
+ALLOCATIONS = ("uniform", "erk", "sensitivity")
 ONE_SHOT = ("one-shot", "one-shot-by-layer")
-METHODS = (*SCORES, *PATTERNS, "rigl", *ONE_SHOT)
+METHODS = (*SCORES, *PATTERNS, *ALLOCATIONS, "rigl", *ONE_SHOT)
 
 
 def callback(method, sparsity, scope):
@@ -34,8 +38,44 @@ def callback(method, sparsity, scope):
         return PruningCallback(pattern=method)
     if method in PATTERNS:
         return PruningCallback(sparsity, pattern=method)
+    if method in ALLOCATIONS:
+        return PruningCallback(sparsity)
     scope = scope or ("row" if method == "wanda" else "global")
     return PruningCallback(sparsity, score=method, scope=scope)
+
+
+def scanned(folder, data, options):
+    """How much worse the loss gets, by weight and its sparsity; ranked by OBD, as in the training."""
+    tokenizer, train, _, names = data
+    model, collate = minilm.classifier(folder, names).eval(), DataCollatorWithPadding(tokenizer)
+    batches = [collate([train[i] for i in range(at, at + 32)]) for at in range(0, 256, 32)]
+
+    def loss(batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+            return model(**batch).loss
+
+    weights = find_targets(model).parameters
+    fisher = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for batch in batches:
+        gradients = torch.autograd.grad(loss(batch), list(weights.values()))
+        for name, gradient in zip(weights, gradients, strict=True):
+            fisher[name] += gradient.square()
+    scan = scan_sensitivity(
+        model,
+        lambda _: sum(loss(batch).item() for batch in batches),
+        greater_is_better=False,
+        scores={name: weight.detach().square() * fisher[name] for name, weight in weights.items()},
+    )
+    return {name: list(curve.items()) for name, curve in scan.harm().items()}
+
+
+def allocation(method, sparsity, folder, data, options, runs):
+    """A sparsity for each weight."""
+    weights = find_targets(minilm.classifier(folder, data[-1])).parameters
+    if method == "sensitivity":
+        found = minilm.cached(runs / "scan.json", lambda: scanned(folder, data, options))
+        return by_sensitivity(weights, sparsity, {name: dict(curve) for name, curve in found.items()})
+    return (erk if method == "erk" else uniform)(weights, sparsity)
 
 
 def modules_and_names(model):
@@ -48,9 +88,11 @@ def zeros(model):
     return sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)
 
 
-def run(method, sparsity, seed, folder, data, options):
+def run(method, sparsity, seed, folder, data, options, runs):
     """Test accuracy and zeros after one training."""
     tokenizer, train, test, names = data
+    if method in ALLOCATIONS:
+        sparsity = allocation(method, sparsity, folder, data, options, runs)
     set_seed(seed)
     student = minilm.classifier(folder, names)
     pruned = modules_and_names(student) if method in ONE_SHOT else []
@@ -111,7 +153,7 @@ def main():
         found = minilm.cached(
             runs / f"{method.replace(':', '-of-')}{by}-{sparsity}-{seed}.json",
             lambda method=method, sparsity=sparsity, seed=seed: run(
-                method, sparsity, seed, folder, data, options
+                method, sparsity, seed, folder, data, options, runs
             ),
         )
         result["pruned"].append({"method": method, "sparsity": sparsity, "seed": seed, **found})

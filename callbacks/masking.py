@@ -12,10 +12,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_compress.callbacks.constraining import ConstrainingCallback
-from hf_compress.pruning.masks import ZeroKeeper, check_sparsity
+from hf_compress.pruning.masks import ZeroKeeper, check_fractions
 from hf_compress.pruning.plan import Plan
 from hf_compress.pruning.select import count_kept
-from hf_compress.targets import Selection, Target, find_targets
+from hf_compress.targets import Selection, Target, find_targets, split_targets
 
 logger = logging.get_logger(__name__)
 
@@ -46,12 +46,7 @@ class MaskingCallback(ConstrainingCallback):
         ignore: str | Sequence[str] | None,
     ) -> None:
         if isinstance(sparsity, Mapping):
-            if targets is not None:
-                raise ValueError("`sparsity` as a dict names the targets: leave `targets` out.")
-            if not sparsity:
-                raise ValueError("`sparsity` is an empty dict: give a fraction for each target.")
-            for fraction in sparsity.values():
-                check_sparsity(fraction)
+            check_fractions(sparsity, targets)
         self.sparsity = sparsity
         self.targets = targets
         self.ignore = ignore
@@ -144,20 +139,8 @@ class MaskingCallback(ConstrainingCallback):
 
     def _groups(self, model: nn.Module) -> list[dict[str, Target]]:
         """Targets of each sparsity, by name; remembers the selection."""
-        entries = list(self._fractions())
-        named = [entry for entry in entries if entry is not None]
-        self._selection = find_targets(model, named or self.targets, self.ignore)
-        groups: list[dict[str, Target]] = []
-        taken: set[str] = set()
-        for entry in entries:
-            group = self._selection.targets
-            if entry is not None:
-                group = find_targets(model, entry, self.ignore).targets
-            groups.append({name: target for name, target in group.items() if name not in taken})
-            taken.update(group)
-            if not groups[-1]:
-                raise ValueError(
-                    f"`sparsity` entry {entry!r}: all its weights belong to earlier entries. Put the "
-                    "special ones first."
-                )
-        return groups
+        if isinstance(self.sparsity, Mapping):
+            self._selection, groups = split_targets(model, self.sparsity, self.ignore)
+            return list(groups.values())
+        self._selection = find_targets(model, self.targets, self.ignore)
+        return [self._selection.targets]

@@ -102,6 +102,29 @@ def find_targets(
     return selection
 
 
+def split_targets(
+    model: nn.Module, entries: Iterable[str], ignore: str | Sequence[str] | None = None
+) -> tuple[Selection, dict[str, dict[str, Target]]]:
+    """All that `entries` match, and the targets of each; what several match belongs to the first.
+
+    Raises ValueError as `find_targets`, and for an entry whose weights all belong to earlier ones.
+    """
+    entries = list(entries)
+    selection = find_targets(model, entries, ignore)
+    groups: dict[str, dict[str, Target]] = {}
+    taken: set[str] = set()
+    for entry in entries:
+        found = find_targets(model, entry, ignore).targets
+        groups[entry] = {name: selection.targets[name] for name in found if name not in taken}
+        taken.update(found)
+        if not groups[entry]:
+            raise ValueError(
+                f"`sparsity` entry {entry!r}: all its weights belong to earlier entries. Put the "
+                "special ones first."
+            )
+    return selection, groups
+
+
 def _as_list(argument: str, entries: str | Sequence[str] | None) -> list[str]:
     if isinstance(entries, str):
         entries = [entries]

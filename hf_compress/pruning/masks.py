@@ -104,6 +104,17 @@ def check_sparsity(sparsity: float) -> None:
         )
 
 
+def check_fractions(sparsity: Mapping[str, float], targets: object) -> None:
+    """Raises ValueError where `sparsity` does not say the fraction of each target, or `targets` names
+    them a second time."""
+    if targets is not None:
+        raise ValueError("`sparsity` as a dict names the targets: leave `targets` out.")
+    if not sparsity:
+        raise ValueError("`sparsity` is an empty dict: give a fraction for each target.")
+    for fraction in sparsity.values():
+        check_sparsity(fraction)
+
+
 def sparsity_of(pattern: Pattern, sparsity: float | None) -> float:
     """The sparsity that is asked for, or that an N:M pattern means: 1 - N / M.
 

@@ -18,13 +18,13 @@ from hf_compress.calibration.layerwise import layer_by_layer, matrices
 from hf_compress.calibration.offloading import in_memory
 from hf_compress.calibration.requirements import check_damping, check_experts, check_targets
 from hf_compress.calibration.second_order import add_gram, inverse_factor
-from hf_compress.pruning.masks import sparsity_of
+from hf_compress.pruning.masks import check_fractions, sparsity_of
 from hf_compress.pruning.oneshot.sparsegpt import sparsegpt
 from hf_compress.pruning.oneshot.wanda import add_squares, wanda_mask
 from hf_compress.pruning.patterns import Pattern, keep_n_of_m
 from hf_compress.pruning.scores import magnitude
 from hf_compress.pruning.select import keep_highest
-from hf_compress.targets import Selection, Target, find_targets
+from hf_compress.targets import Selection, Target, find_targets, split_targets
 
 OneShotScore = Literal["sparsegpt", "wanda", "magnitude"]
 
@@ -63,11 +63,11 @@ class OneShotReport:
 class Method:
     """accumulate: the statistic that is summed over the inputs.
     prepare: what `prune` needs of the sum; made once for all matrices that share their inputs.
-    prune(weight, prepared): the new (out, in) of a matrix, fp32."""
+    prune(weight, prepared, sparsity): the new (out, in) of a matrix, fp32."""
 
     accumulate: Accumulate
     prepare: Callable[[Tensor], Tensor]
-    prune: Callable[[Tensor, Tensor], Tensor]
+    prune: Callable[[Tensor, Tensor, float], Tensor]
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def prune_oneshot_(
     model: nn.Module,
     calibration: Iterable[Batch] | None = None,
     *,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     score: OneShotScore = "sparsegpt",
     pattern: str = "unstructured",
     targets: str | Sequence[str] | None = None,
@@ -88,7 +88,9 @@ def prune_oneshot_(
     calibration: batches, mappings of tensors as the model's forward takes; some 32 to 128 rows of
         the text the model is meant for. How they are cut into batches does not matter. Not read by
         "magnitude".
-    sparsity: fraction in [0, 1) of each targeted weight that becomes zero, exactly.
+    sparsity: fraction in [0, 1) of each targeted weight that becomes zero: by "wanda" the nearest part
+        of each row, else exactly. Or one for each target, as a dict: `owl(...)`, or
+        `{"down_proj": 0.5, "Linear": 0.7}`, where a weight that several match belongs to the first.
     score: "sparsegpt" (arXiv:2301.00774) also updates the weights it keeps and is the most accurate;
         "wanda" (arXiv:2306.11695) ranks |w| times the norm of its input within each output feature,
         in less time and memory; "magnitude" ranks |w| within each weight.
@@ -112,24 +114,23 @@ def prune_oneshot_(
     and TypeError for calibration that is not made of tensors; on the way, with layers already pruned,
     ValueError where batches are not of one kind, or where inputs are NaN or infinite.
     """
-    n_of_m, sparsity = parse_pattern(pattern, sparsity)
-    by_magnitude = partial(prune_by_magnitude, sparsity=sparsity, n_of_m=n_of_m)
-    selection = find_targets(model, targets, ignore)
+    n_of_m, selection, fractions = _asked(model, sparsity, pattern, targets, ignore)
+    by_magnitude = partial(prune_by_magnitude, n_of_m=n_of_m)
     check_targets(model, selection, n_of_m)
     if score == "magnitude":
-        weights = _prune_without_inputs(model, selection, by_magnitude)
+        weights = _prune_without_inputs(model, selection, by_magnitude, fractions)
     else:
-        method = _method(score, sparsity, n_of_m, block_size=block_size, damping=damping)
+        method = _method(score, n_of_m, block_size=block_size, damping=damping)
         if calibration is None:
             raise ValueError(f"{score!r} needs `calibration`, batches of what the model is meant for.")
         batches = check_calibration(calibration)
         check_experts(batches, selection)
-        weights = _prune_layer_by_layer(model, batches, selection, method, by_magnitude)
+        weights = _prune_layer_by_layer(model, batches, selection, method, by_magnitude, fractions)
     return OneShotReport(weights, selection.skipped)
 
 
 def prune_by_magnitude(
-    weight: Tensor, *, sparsity: float, n_of_m: tuple[int, int] | None = None
+    weight: Tensor, sparsity: float, n_of_m: tuple[int, int] | None = None
 ) -> Tensor:
     """The weight (out, in) without its lowest |w|: exactly round(sparsity * weight.numel()) of them,
     or for n_of_m = (n, m) all but n of each m neighbours, and `sparsity` is not read."""
@@ -140,14 +141,33 @@ def prune_by_magnitude(
     return weight.masked_fill(~mask, 0)
 
 
-def _method(
-    score: str, sparsity: float, n_of_m: tuple[int, int] | None, *, block_size: int, damping: float
-) -> Method:
+def _asked(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float] | None,
+    pattern: str,
+    targets: str | Sequence[str] | None,
+    ignore: str | Sequence[str] | None,
+) -> tuple[tuple[int, int] | None, Selection, dict[str, float]]:
+    """(n, m) of "N:M", the targets, and the sparsity of each."""
+    if not isinstance(sparsity, Mapping):
+        n_of_m, fraction = parse_pattern(pattern, sparsity)
+        selection = find_targets(model, targets, ignore)
+        return n_of_m, selection, dict.fromkeys(selection.targets, fraction)
+    if parse_pattern(pattern, 0.0 if pattern == "unstructured" else None)[0] is not None:
+        raise ValueError(
+            f"`sparsity` is a dict, but pattern {pattern!r} says it: leave one of them out."
+        )
+    check_fractions(sparsity, targets)
+    selection, groups = split_targets(model, sparsity, ignore)
+    return None, selection, {name: sparsity[entry] for entry, group in groups.items() for name in group}
+
+
+def _method(score: str, n_of_m: tuple[int, int] | None, *, block_size: int, damping: float) -> Method:
     if score == "wanda":
         return Method(
             add_squares,
             prepare=torch.sqrt,
-            prune=lambda weight, norms: weight.masked_fill(
+            prune=lambda weight, norms, sparsity: weight.masked_fill(
                 ~wanda_mask(weight, norms, sparsity=sparsity, n_of_m=n_of_m), 0
             ),
         )
@@ -163,18 +183,26 @@ def _method(
     return Method(
         add_gram,
         prepare=partial(inverse_factor, damping=damping),
-        prune=partial(sparsegpt, sparsity=sparsity, n_of_m=n_of_m, block_size=block_size),
+        prune=lambda weight, factor, sparsity: sparsegpt(
+            weight, factor, sparsity=sparsity, n_of_m=n_of_m, block_size=block_size
+        ),
     )
 
 
 def _prune_without_inputs(
-    model: nn.Module, selection: Selection, by_magnitude: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    selection: Selection,
+    by_magnitude: Callable[[Tensor, float], Tensor],
+    fractions: Mapping[str, float],
 ) -> dict[str, PrunedWeight]:
+    def prune(weight: Tensor, seen: Seen, sparsity: float) -> Tensor:
+        return by_magnitude(weight, sparsity)
+
     found = {}
     for target in logging.tqdm(selection.targets.values(), desc="Pruning", unit="weight"):
         with in_memory(model, target.name) as param:
             nothing = [Seen() for _ in matrices(param, target)]
-            found[target.name] = _prune_(param, target, nothing, lambda weight, _: by_magnitude(weight))
+            found[target.name] = _prune_(param, target, nothing, fractions[target.name], prune)
     return found
 
 
@@ -183,7 +211,8 @@ def _prune_layer_by_layer(
     batches: Sequence[Batch],
     selection: Selection,
     method: Method,
-    by_magnitude: Callable[[Tensor], Tensor],
+    by_magnitude: Callable[[Tensor, float], Tensor],
+    fractions: Mapping[str, float],
 ) -> dict[str, PrunedWeight]:
     targets = list(selection.targets.values())
     found = {}
@@ -192,26 +221,30 @@ def _prune_layer_by_layer(
     def prepared(seen: Seen) -> Tensor:
         return method.prepare(cast(Tensor, seen.total))
 
-    def prune(weight: Tensor, seen: Seen) -> Tensor:
+    def prune(weight: Tensor, seen: Seen, sparsity: float) -> Tensor:
         if seen.total is None:
-            return by_magnitude(weight)
-        return method.prune(weight, prepared(seen).to(weight.device))
+            return by_magnitude(weight, sparsity)
+        return method.prune(weight, prepared(seen).to(weight.device), sparsity)
 
     steps = layer_by_layer(model, batches, targets, method.accumulate, desc="Pruning")
     with closing(steps):
         for target, seen in steps:
             with in_memory(model, target.name) as param:
-                found[target.name] = _prune_(param, target, seen, prune)
+                found[target.name] = _prune_(param, target, seen, fractions[target.name], prune)
     return found
 
 
 def _prune_(
-    param: Tensor, target: Target, seen: Sequence[Seen], prune: Callable[[Tensor, Seen], Tensor]
+    param: Tensor,
+    target: Target,
+    seen: Sequence[Seen],
+    sparsity: float,
+    prune: Callable[[Tensor, Seen, float], Tensor],
 ) -> PrunedWeight:
     lost = energy = 0.0
     for matrix, inputs in zip(matrices(param, target), seen, strict=True):
         dense = matrix.float().contiguous()
-        pruned = prune(dense, inputs)
+        pruned = prune(dense, inputs, sparsity)
         lost += _output_energy(dense - pruned, inputs.total)
         energy += _output_energy(dense, inputs.total)
         matrix.copy_(pruned)

@@ -19,8 +19,10 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, DefaultDataCollator
 
 from hf_compress import DistillationArguments, DistillationTrainer, PruningCallback
+from hf_compress.pruning.allocate import owl
 from hf_compress.pruning.oneshot.prune import prune_oneshot_
 from hf_compress.pruning.oneshot.wanda import wanda_mask
+from hf_compress.pruning.outliers import outlier_ratios
 from hf_compress.targets import find_targets
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -69,6 +71,32 @@ def test_prunes_what_was_asked_and_nothing_else(name, score, pattern):
         if key not in selection.targets:
             assert tensor.equal(before[key]), key
     json.dumps(dataclasses.asdict(report))
+
+
+@pytest.mark.parametrize("score", ["sparsegpt", "wanda", "magnitude"])
+def test_each_target_may_have_a_sparsity_of_its_own(score):
+    model, batch = build("llama")
+    same = copy.deepcopy(model)
+    asked = {"down_proj": 0.25, "re:self_attn": 0.5, "Linear": 0.75}
+    prune_oneshot_(model, cut(batch, ROWS), sparsity=asked, score=score)
+    for name, target in find_targets(model).targets.items():
+        fraction = 0.25 if "down_proj" in name else 0.5 if "self_attn" in name else 0.75
+        assert zeros(target.param) == fraction * target.param.numel(), name
+    # What comes first sees the same inputs as in a model that is pruned to that sparsity everywhere.
+    prune_oneshot_(same, cut(batch, ROWS), sparsity=0.5, score=score)
+    first = "model.layers.0.self_attn.q_proj.weight"
+    assert model.get_parameter(first).equal(same.get_parameter(first))
+
+
+def test_allocations_are_taken():
+    model, batch = build("llama")
+    weights = find_targets(model).parameters
+    fractions = owl(weights, 0.6, outlier_ratios(model, [batch], threshold=2.0), spread=0.2)
+    assert len({*fractions.values()}) > 1
+    report = prune_oneshot_(model, cut(batch, ROWS), sparsity=fractions)
+    assert report.sparsity == pytest.approx(0.6, abs=1e-4)
+    for name, weight in report.weights.items():
+        assert weight.zeros == round(fractions[name] * weight.size)
 
 
 class Reached(Exception):
