@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_compress.pruning.lora import merge_under_mask_
     from hf_compress.pruning.oneshot.prune import prune_oneshot_
     from hf_compress.pruning.sensitivity import scan_sensitivity
+    from hf_compress.pruning.structure.budget import fit_structure
     from hf_compress.pruning.structure.removal import prune_structure, shrink
     from hf_compress.pruning.vocabulary.prune import prune_vocabulary
     from hf_compress.publishing.packed import load_packed, save_packed
@@ -61,6 +62,7 @@ _HOMES = {
     "compare_teachers": "hf_compress.distillation.fidelity",
     "constrain": "hf_compress.constraint",
     "find_targets": "hf_compress.targets",
+    "fit_structure": "hf_compress.pruning.structure.budget",
     "guard_cpu_kernels_": "hf_compress.quantization.guard",
     "init_student": "hf_compress.distillation.layers",
     "load_packed": "hf_compress.publishing.packed",
@@ -99,6 +101,7 @@ __all__ = [
     "compare_teachers",
     "constrain",
     "find_targets",
+    "fit_structure",
     "guard_cpu_kernels_",
     "init_student",
     "load_packed",

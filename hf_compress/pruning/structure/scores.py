@@ -111,7 +111,7 @@ def taylor(model: PreTrainedModel, units: Sequence[Units], batches: Iterable[Bat
 
     with _hooks(model, units, read=read, route=route, pass_by=pass_by):
         for batch in batches:
-            items = _items(model, batch)
+            items = items_of(model, batch)
             if items == 0:
                 continue
             gates.update({u.name: _gate(batch, u.count, model.device) for u in units})
@@ -228,7 +228,7 @@ def _gate(batch: Batch, count: int, device: torch.device) -> Tensor:
     return torch.ones(_rows(batch), count, device=device, requires_grad=True)
 
 
-def _items(model: PreTrainedModel, batch: Batch) -> int:
+def items_of(model: PreTrainedModel, batch: Batch) -> int:
     """What the loss of the batch is a mean over."""
     labels = batch.get("labels")
     if labels is None or labels.dim() < 2 or labels.is_floating_point():
