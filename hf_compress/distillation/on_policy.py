@@ -27,11 +27,10 @@ class OnPolicy:
         self._seed = seed
         self._process = process
 
-    def check(self, head: Head, *, answers_again: bool, sharded: bool) -> None:
+    def check(self, head: Head, *, answers_again: bool) -> None:
         """Raises NotImplementedError where it cannot be done, if it is asked for.
 
-        answers_again: whether the teacher reads what it is given, in the student's tokens; sharded:
-        whether the student's weights are.
+        answers_again: whether the teacher reads what it is given, in the student's tokens.
         """
         if not self.rate:
             return
@@ -40,11 +39,6 @@ class OnPolicy:
             raise NotImplementedError(
                 f"on_policy={self.rate} asks the teacher about text that is written in the training: "
                 "not with teacher='cached' or `teacher_processing_class`."
-            )
-        if sharded:
-            raise NotImplementedError(
-                f"on_policy={self.rate} under FSDP: processes that write texts of different length "
-                "would wait for each other's weights. Use DDP."
             )
 
     def in_step(self, step: int) -> bool:

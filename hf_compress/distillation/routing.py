@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_compress.distillation.teachers import BaseTeacher, Teacher, Teaching
+from hf_compress.distillation.teachers import Teacher, Teaching
 
 ROUTES = "teacher_of_each_row"
 """The entry of a batch that says it, (rows,): numbers of teachers, from 0."""
@@ -145,13 +145,12 @@ class RoutedCollator:
 def routed(teaching: Teaching, routes: Routes, collate: Any, *, sharded: bool) -> Teaching:
     """`teaching` by several models, each of which answers its rows alone.
 
-    sharded: whether the student is. Raises NotImplementedError where models are that are asked.
+    sharded: whether models are cut into shards. Raises NotImplementedError where they are.
     """
-    base = any(isinstance(each, BaseTeacher) for each in teaching.asked)
-    if (sharded and base) or any(_is_sharded(model) for model in teaching.models):
+    if sharded or any(_is_sharded(model) for model in teaching.models):
         raise NotImplementedError(
-            "`teacher_column` with a teacher whose weights are sharded: a process that has no row for "
-            "it would not take part in gathering them. Keep the teachers whole."
+            "`teacher_column` with models that are cut into shards: a process that has no row for a "
+            "teacher would not take part in gathering its weights. Use DDP."
         )
     return replace(
         teaching,

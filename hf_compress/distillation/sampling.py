@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from hf_compress.distillation.routing import ROUTES
@@ -14,6 +17,8 @@ from hf_compress.distillation.tasks.heads import Head, head_of
 from hf_compress.distillation.tasks.labelled import IGNORED
 from hf_compress.frozen import evaluating
 from hf_compress.targets import without_adapters
+
+Generate = Callable[..., Tensor]
 
 _KNOWN = {"input_ids", "attention_mask", "labels"}
 _KEPT = {ROUTES}
@@ -43,6 +48,9 @@ def rewritten(
     temperature: 0 takes the most probable token, or sequence with `beams`. What is written ends with
     the end-of-sequence token, or where it is as long as what it replaces.
 
+    Where FSDP2 has cut the weights of `model`, call it on all processes: each goes on until the last
+    has written its texts.
+
     Raises NotImplementedError for another head, and ValueError for a batch of more than tokens, mask
     and labels that is causal.
     """
@@ -52,20 +60,43 @@ def rewritten(
     lengths = (labels[:, 1:] if head.auto_class is AutoModelForCausalLM else labels) != IGNORED
     settings = _settings(model, int(lengths.sum(1).max()), temperature, beams)
     limits = lengths.sum(1).tolist()
-    if not any(limits):
+    writes = any(limits)
+    if not writes and not isinstance(model, FSDPModule):
         return dict(batch)
-    with evaluating(model):
-        if head.auto_class is AutoModelForCausalLM:
-            return _continued(model, batch, settings, limits)
-        asked = {k: v for k, v in batch.items() if k not in ("labels", "decoder_input_ids")}
-        read = {k: v for k, v in asked.items() if k not in _KEPT}
-        written = model.generate(**read, generation_config=settings)[:, 1:]
+    with evaluating(model), _gathered(model) as generate:
+        if not writes:  # but others may, who need the part of the weights that is here
+            limits = [1] * len(limits)
+        answer = _continued if head.auto_class is AutoModelForCausalLM else _answered
+        new = answer(generate, batch, settings, limits)
+    return new if writes else dict(batch)
+
+
+@contextmanager
+def _gathered(model: Any) -> Iterator[Generate]:
+    """`generate` of `model`, which gathers the shards of FSDP2, if any, as its forward does."""
+    if not isinstance(model, FSDPModule):
+        yield model.generate
+        return
+    module: Any = model
+    register_fsdp_forward_method(module, "generate")
+    try:
+        yield partial(vars(model)["generate"], synced_gpus=True)
+    finally:
+        del vars(model)["generate"]
+
+
+def _answered(
+    generate: Generate, batch: Mapping[str, Any], settings: GenerationConfig, limits: Sequence[int]
+) -> dict[str, Any]:
+    asked = {k: v for k, v in batch.items() if k not in ("labels", "decoder_input_ids")}
+    read = {k: v for k, v in asked.items() if k not in _KEPT}
+    written = generate(**read, generation_config=settings)[:, 1:]
     found = [_ended(row, limit, settings) for row, limit in zip(written.tolist(), limits, strict=True)]
-    return {**asked, "labels": _padded(found, IGNORED, labels.device)}
+    return {**asked, "labels": _padded(found, IGNORED, batch["labels"].device)}
 
 
 def _continued(
-    model: Any, batch: Mapping[str, Any], settings: GenerationConfig, limits: Sequence[int]
+    generate: Generate, batch: Mapping[str, Any], settings: GenerationConfig, limits: Sequence[int]
 ) -> dict[str, Any]:
     if unknown := sorted(batch.keys() - _KNOWN - _KEPT):
         raise ValueError(
@@ -84,7 +115,7 @@ def _continued(
     width = max(len(prompts[row]) for row in asked)
     # Written to the right of the prompts, which therefore end in one place.
     reverse = [prompts[row][::-1] for row in asked]
-    written = model.generate(
+    written = generate(
         input_ids=_padded(reverse, settings.pad_token_id, ids.device).flip(1),
         attention_mask=_padded([[1] * len(row) for row in reverse], 0, ids.device).flip(1),
         generation_config=settings,

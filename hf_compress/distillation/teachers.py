@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from hf_compress.distillation.alignment import Classes
@@ -58,7 +59,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, features: Mapping[str, Any]) -> Any:
-        return _answer(self.model, features, self.classes)
+        return answer(self.model, features, self.classes)
 
 
 class BaseTeacher:
@@ -78,19 +79,24 @@ class BaseTeacher:
 
     @torch.no_grad()
     def __call__(self, features: Mapping[str, Any]) -> Any:
-        base = without_adapters(self.model)
         trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             with evaluating(self.model), self.model.disable_adapter():
-                return _answer(base, features, self.classes)
+                # By way of the whole: inside of it the shards of FSDP2 are not gathered.
+                return answer(self.model, features, self.classes)
         finally:
             # peft freezes what it switches off, and afterwards thaws all of it.
             for parameter, trains in trained:
                 parameter.requires_grad_(trains)
 
 
-def _answer(model: nn.Module, features: Mapping[str, Any], classes: Classes | None) -> Any:
-    output = model(**accepted_inputs(model, {**features, "use_cache": False}))
+def answer(model: nn.Module, features: Mapping[str, Any], classes: Classes | None = None) -> Any:
+    """The output of `model` for those `features` that it takes, of these `classes`, on its device."""
+    given = accepted_inputs(model, {**features, "use_cache": False})
+    # Of a model on a device of its own; one on several moves them itself.
+    if hasattr(model, "hf_device_map") and not hasattr(model, "_hf_hook"):
+        given = send_to_device(given, next(model.parameters()).device)
+    output = model(**given)
     if classes is not None:
         output.logits = output.logits[..., classes]
     return output

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_compress.distillation.cache.teacher import cached_teacher
 from hf_compress.distillation.routing import Routes, routed
+from hf_compress.distillation.sharding import shard_
 from hf_compress.distillation.tasks.heads import head_of
 from hf_compress.distillation.teachers import Teaching, ask
 from hf_compress.distillation.translation.teacher import translated_teacher
+from hf_compress.targets import without_adapters
 
 
 def teaching_of(
@@ -25,14 +28,16 @@ def teaching_of(
 ) -> Teaching:
     """The teaching of the student of `trainer`, which has its model, arguments, datasets and collator.
 
-    given: the teachers, each a module, a path or id, or "base", or ["cached"]; bits: as in
-    `load_teacher`; processing: their tokenizer where it is not the student's, else None; routes:
-    by which each row has a teacher of its own, None for all teachers of all rows; inside: whether the
-    inside of the teacher is compared too.
+    given: the teachers, each a module, a path or id, or "base", or ["cached"], cut into shards where
+    FSDP2 cuts the student; bits: as in `load_teacher`; processing: their tokenizer where it is not the
+    student's, else None; routes: by which each row has a teacher of its own, None for all teachers of
+    all rows; inside: whether the inside of the teacher is compared too.
 
     Raises ValueError where that cannot be, or the teachers do not fit, and what they raise themselves.
     """
-    device = trainer.args.device
+    sharded = trainer.accelerator.is_fsdp2
+    # What is cut into shards goes to its device in parts.
+    device = torch.device("cpu") if sharded else trainer.args.device
     if processing is not None:
         teaching = translated_teacher(
             trainer.model,
@@ -63,8 +68,11 @@ def teaching_of(
         )
     if routes is not None:
         routes.check([trainer.train_dataset, trainer.eval_dataset])
-        sharded = trainer.is_fsdp_enabled
         teaching = routed(teaching, routes, trainer.data_collator, sharded=sharded)
+    if sharded:
+        for model in teaching.models:
+            if model is not without_adapters(trainer.model):  # which is sharded as the student
+                shard_(model, trainer.accelerator)
     if inside and teaching.inside is None:
         raise ValueError("`matches` need one teacher's layers, not those of 'base' or several.")
     return teaching

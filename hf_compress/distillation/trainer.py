@@ -45,10 +45,11 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin, Publishing
     gives them. `loss_task`, `loss_kd` and `agreement` (how often both models choose the same class) are
     logged, and come with evaluation under its prefix.
 
-    teacher: a model (frozen and moved in place), a path or hub id; "self", a copy of the student as it
-        is when the trainer is built: the dense model, when it is pruned later; "base", the model under
-        the student's adapters, without a second copy; or a list of these. "cached": the answers that
-        `precompute_teacher` has added to the datasets, with no teacher in memory.
+    teacher: a model (frozen in place, and moved unless it was loaded with a `device_map`), a path or
+        hub id; "self", a copy of the student as it is when the trainer is built: the dense model, when
+        it is pruned later; "base", the model under the student's adapters, without a second copy; or a
+        list of these. "cached": the answers that `precompute_teacher` has added to the datasets, with
+        no teacher in memory.
     teacher_column: of the datasets, which says by which of several teachers each row is taught: by its
         number in the list, or its name in a dict, `teacher={"law": ..., "news": ...}`.
     teacher_bits: 8 or 4 loads the teachers through bitsandbytes; None keeps their precision. "auto"
@@ -68,8 +69,9 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin, Publishing
 
     Takes the arguments of the Trainer below it; `args` must have `temperature` and `alpha`
     (`DistillationArguments`). What cannot work raises here; labels that do not fit the head raise in
-    the first step, before any weight has moved. Not supported: DeepSpeed, `nn.DataParallel`, tensor or
-    context parallelism. On top of trl's SFTTrainer its entropy and token accuracy are not logged.
+    the first step, before any weight has moved. FSDP2 cuts the teachers into shards as the student.
+    Not supported: DeepSpeed, FSDP1, `nn.DataParallel`, tensor or context parallelism. On top of trl's
+    SFTTrainer its entropy and token accuracy are not logged.
     """
 
     loss_is_scaled_for_ga = True
@@ -128,9 +130,7 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin, Publishing
             self.args.seed,
             self.args.process_index,
         )
-        self._on_policy.check(
-            head, answers_again=not (translated or self._cached), sharded=self.is_fsdp_enabled
-        )
+        self._on_policy.check(head, answers_again=not (translated or self._cached))
         self.teacher_comparison: Comparison | None = None
         bits = self._bits(given, teacher_bits, teacher_max_kl)
         teaching = teaching_of(
@@ -163,7 +163,7 @@ class DistillationMixin(EvaluationMixin, MatchingMixin, ScalingMixin, Publishing
         )
         if self.matching.projections.weights and self.is_fsdp_enabled:
             raise NotImplementedError(
-                "`matches` with a projection under FSDP: its optimizer saves parameters of the model "
+                "`matches` with a projection under FSDP: its optimizer takes parameters of the model "
                 "only. Use DDP, or match layers of equal width."
             )
         self.annealed: Mapping[str, float] = {}  # `alpha` and `temperature` in place of those of `args`

@@ -15,6 +15,11 @@ def refuse_unsupported(trainer: Any) -> None:
             "Distillation under DeepSpeed is not supported: ZeRO would shard the student but not the "
             "teacher. Use DDP or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)."
         )
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise NotImplementedError(
+            "Distillation under FSDP1 is not supported: its flat parameters hold no teacher, and hide "
+            "the student's output layer. Use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)."
+        )
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise NotImplementedError(
             "Distillation knows data parallelism only, not tensor, context or sequence parallelism."

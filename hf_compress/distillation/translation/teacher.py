@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_compress.distillation.tasks.heads import head_of
-from hf_compress.distillation.teacher import accepted_inputs, check_separate, load_teacher
-from hf_compress.distillation.teachers import Teaching
+from hf_compress.distillation.teacher import check_separate, load_teacher
+from hf_compress.distillation.teachers import Teaching, answer
 from hf_compress.distillation.translation.collator import TRANSLATED, TranslatingCollator
 from hf_compress.distillation.translation.pieces import Pieces
 from hf_compress.distillation.translation.task import TranslatedCausalLM
@@ -25,8 +25,7 @@ class TranslatedTeacher:
 
     @torch.no_grad()
     def __call__(self, features: Mapping[str, Any]) -> Any:
-        translated = features[TRANSLATED]
-        return self.model(**accepted_inputs(self.model, {**translated, "use_cache": False}))
+        return answer(self.model, features[TRANSLATED])
 
 
 def translated_teacher(
