@@ -47,9 +47,7 @@ def losses(trainer):
 def test_a_teacher_stays_on_the_devices_that_it_was_loaded_to(place, tmp_path):
     tiny_llama(seed=1, layers=3, **SPREAD).save_pretrained(tmp_path / "teacher")
     whole = losses(
-        trainer_of(
-            tmp_path, tiny_llama(**SPREAD), str(tmp_path / "teacher"), language_rows(rows=16)
-        )
+        trainer_of(tmp_path, tiny_llama(**SPREAD), str(tmp_path / "teacher"), language_rows(rows=16))
     )
     rest = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     layers = {f"model.layers.{i}": place for i in (1, 2)}
