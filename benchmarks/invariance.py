@@ -7,8 +7,8 @@ The tiny models and ragged rows of the test suite, with labels left out, so that
 different numbers of items and some have none: eight rows of one optimizer step as 8 x 1 (batch x
 accumulation), 2 x 4, and on two processes 4 x 1 and 2 x 2; and a second step of four rows more, an
 incomplete window. `ours` is the largest relative difference from 8 x 1 of losses, gradient norm and
-evaluation in any cut; `trainer` the same of transformers' own Trainer without a teacher, for 2 x 4 on one
-process alone. Prints JSON.
+evaluation in any cut; `trainer` the same of transformers' own Trainer without a teacher, its loss and
+gradient norm for 2 x 4 on one process alone. Prints JSON.
 """
 
 import json
@@ -17,9 +17,9 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from distillation import grid
 from distillation.grid import CASES, run_cuts
 from distributed.accelerated import accelerate_launch
 from transformers import Trainer, TrainingArguments
@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 def two_processes():
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "results.json")
-        accelerate_launch(TESTS / "distillation" / "grid.py", str(written))
+        accelerate_launch(grid.__file__, str(written))
         return json.loads(written.read_text())
 
 
