@@ -52,7 +52,7 @@ def in_chunks(hidden, weight, taught, theirs, labels, *, chunk_size):
 
 
 def size_of(chunk_size, vocabulary):
-    return max(1, LOGITS["cpu"] // vocabulary) if chunk_size == "auto" else int(chunk_size)
+    return max(1, LOGITS // vocabulary) if chunk_size == "auto" else int(chunk_size)
 
 
 def measure(options, vocabulary, chunk_size):

@@ -21,7 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_compress.measure import bytes_on_disk, compare_latency, environment
+from hf_compress.latency import compare_latency
+from hf_compress.measure import bytes_on_disk, environment
 from hf_compress.pruning.structure.removal import prune_structure
 
 CORPUS = "20newsgroups"

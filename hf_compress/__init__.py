@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_compress.distillation.layers import init_student
     from hf_compress.distillation.sequences import teacher_sequences
     from hf_compress.distillation.trainer import DistillationMixin, DistillationTrainer
+    from hf_compress.latency import measure_latency
     from hf_compress.pruning.lora import merge_under_mask_
     from hf_compress.pruning.oneshot.prune import prune_oneshot_
     from hf_compress.pruning.sensitivity import scan_sensitivity
@@ -67,6 +68,7 @@ _HOMES = {
     "init_student": "hf_compress.distillation.layers",
     "load_packed": "hf_compress.publishing.packed",
     "load_quantized": "hf_compress.quantization.bnb",
+    "measure_latency": "hf_compress.latency",
     "merge_and_requantize": "hf_compress.quantization.merging",
     "merge_under_mask_": "hf_compress.pruning.lora",
     "precompute_teacher": "hf_compress.distillation.cache.precompute",
@@ -106,6 +108,7 @@ __all__ = [
     "init_student",
     "load_packed",
     "load_quantized",
+    "measure_latency",
     "merge_and_requantize",
     "merge_under_mask_",
     "precompute_teacher",

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hf_compress
+from hf_compress.devices import hardware
+from hf_compress.latency import Latency
 
 _SHOULD_BE_LOW = re.compile(r"(^|_)(loss|perplexity|wer|cer|mae|mse|rmse|error)(_|$)")
 
@@ -33,21 +32,6 @@ class Weights:
     parameters: int
     nonzeros: int
     by_name: dict[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one forward pass, and what they hold for.
-
-    inputs: shape of each tensor of the batch. threads: those of torch on the CPU.
-    """
-
-    median_ms: float
-    p95_ms: float
-    runs: int
-    inputs: dict[str, list[int]]
-    device: str
-    threads: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,64 +94,11 @@ def bytes_on_disk(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def measure_latency(
-    model: nn.Module, inputs: Mapping[str, Tensor], *, runs: int = 50, warmup: int = 5
-) -> Latency:
-    """Median and 95th percentile over `runs` forward passes of `inputs`, after `warmup` ones."""
-    return compare_latency({"model": model}, inputs, runs=runs, warmup=warmup)["model"]
-
-
-def compare_latency(
-    models: Mapping[str, nn.Module],
-    inputs: Mapping[str, Tensor],
-    *,
-    runs: int = 50,
-    warmup: int = 5,
-) -> dict[str, Latency]:
-    """The latency of several models, pass by pass in turn, so that all meet the same disturbances.
-
-    inputs: keyword tensors that every model takes; they are moved to its device. Models are put in
-    eval mode and back.
-
-    Raises ValueError for fewer than 1 run or a negative `warmup`.
-    """
-    if runs < 1 or warmup < 0:
-        raise ValueError(f"`runs` must be at least 1 and `warmup` at least 0, got {runs}, {warmup}.")
-    devices = {name: next(model.parameters()).device for name, model in models.items()}
-    batches = {
-        name: {key: value.to(device) for key, value in inputs.items()}
-        for name, device in devices.items()
-    }
-    training = {name: model.training for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    try:
-        for model in models.values():
-            model.eval()
-        for run in range(warmup + runs):
-            for name, model in models.items():
-                elapsed = _time(model, batches[name], devices[name])
-                if run >= warmup:
-                    times[name].append(1000 * elapsed)
-    finally:
-        for name, model in models.items():
-            model.train(training[name])
-    return {
-        name: Latency(
-            median_ms=statistics.median(values),
-            p95_ms=_percentile(values, 0.95),
-            runs=runs,
-            inputs={key: list(value.shape) for key, value in inputs.items()},
-            device=_device_name(devices[name]),
-            threads=torch.get_num_threads(),
-        )
-        for name, values in times.items()
-    }
-
-
 _CHILD = """
 import json, sys
 import torch, transformers
 from safetensors.torch import load_file
+from hf_compress.devices import own_device, peak_allocated
 
 def highest():
     # Not getrusage: on Linux its peak is inherited from the parent.
@@ -180,13 +111,13 @@ def highest():
 folder, class_name, inputs = sys.argv[1:]
 idle = highest()
 model = getattr(transformers, class_name).from_pretrained(folder).eval()
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+device = own_device()
 if getattr(model, "quantization_method", None) is None:
     model.to(device)
 with torch.no_grad():
     model(**{name: value.to(device) for name, value in load_file(inputs).items()})
-cuda = device.type == "cuda"
-print(json.dumps(torch.cuda.max_memory_allocated() if cuda else highest() - idle))
+allocated = peak_allocated(device)
+print(json.dumps(highest() - idle if allocated is None else allocated))
 """
 
 
@@ -220,10 +151,7 @@ def environment() -> dict[str, Any]:
     """The hardware and the versions that measurements hold for."""
     packages = ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "peft")
     return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **hardware(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {"hf_compress": hf_compress.__version__}
@@ -239,37 +167,6 @@ def _unpacked(parameter: Tensor) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(parameter, state)
-
-
-def _time(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> float:
-    _wait(device)
-    begin = time.perf_counter()
-    with torch.no_grad():
-        model(**batch)
-    _wait(device)
-    return time.perf_counter() - begin
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _percentile(values: list[float], fraction: float) -> float:
-    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), fraction))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -5,14 +5,13 @@ import torch
 from tiny import tiny_bert, tiny_llama
 from torch import nn
 
+from hf_compress.latency import compare_latency
 from hf_compress.measure import (
     CompressionReport,
     Measurement,
     bytes_on_disk,
-    compare_latency,
     count_weights,
     environment,
-    measure_latency,
     peak_memory,
 )
 
@@ -55,48 +54,9 @@ def test_bytes_need_a_saved_model(tmp_path):
         bytes_on_disk(tmp_path)
 
 
-class Recorder(nn.Module):
-    """Notes in which order, mode and with which shapes it was called."""
-
-    def __init__(self, name, calls):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.name, self.calls = name, calls
-
-    def forward(self, x):
-        self.calls.append((self.name, tuple(x.shape), self.training, torch.is_grad_enabled()))
-
-
-def test_models_are_timed_in_turn_in_eval_mode_and_put_back():
-    calls = []
-    models = {name: Recorder(name, calls) for name in "ab"}
-    models["b"].eval()
-    found = compare_latency(models, {"x": torch.zeros(2, 5)}, runs=3, warmup=1)
-    assert calls == [("a", (2, 5), False, False), ("b", (2, 5), False, False)] * 4
-    assert models["a"].training
-    assert not models["b"].training
-    assert found["a"].runs == 3
-    assert found["a"].inputs == {"x": [2, 5]}
-    assert found["a"].threads == torch.get_num_threads()
-
-
-def test_the_slower_model_is_seen_to_be_slower():
-    # Fifty times the work: far above any noise.
-    models = {"small": nn.Linear(64, 64), "large": nn.Sequential(*[nn.Linear(64, 64)] * 200)}
-    found = compare_latency(models, {"input": torch.zeros(1, 64)}, runs=15)
-    assert found["large"].median_ms > 5 * found["small"].median_ms > 0
-    assert found["small"].p95_ms >= found["small"].median_ms
-
-
-@pytest.mark.parametrize("wrong", [{"runs": 0}, {"warmup": -1}])
-def test_impossible_runs_are_refused(wrong):
-    with pytest.raises(ValueError, match="at least"):
-        measure_latency(nn.Linear(1, 1), {"input": torch.zeros(1, 1)}, **wrong)
-
-
 def test_a_report_is_json_and_says_how_much_is_left():
     model = tiny_bert()
-    latency = measure_latency(model, {"input_ids": IDS}, runs=3)
+    latency = compare_latency({"model": model}, {"input_ids": IDS}, runs=3)["model"]
     compressed = Measurement(
         parameters=10,
         nonzeros=2,

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.calibration.batches import Batch
+from hf_compress.devices import host
 from hf_compress.targets import without_adapters
 
 
@@ -54,7 +55,7 @@ def lockstep(
     Raises ValueError where the batches do not all reach the same modules, and what a forward raises.
     """
     devices = {param.device.type for param in model.parameters()} - {"meta"}
-    kinds = sorted({"cpu", *devices})
+    kinds = sorted({host().type, *devices})
     lanes = [_Lane(partial(_forward, model, batch), kinds) for batch in batches]
     by_greenlet = {lane.greenlet: lane for lane in lanes}
 

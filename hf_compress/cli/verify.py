@@ -22,6 +22,7 @@ from transformers import AutoConfig, CompressedTensorsConfig, PreTrainedModel
 
 from hf_compress.cli.errors import refusing
 from hf_compress.cli.rows import Evaluation, batches, load_rows
+from hf_compress.devices import own_device, same_hardware
 from hf_compress.measure import count_weights, environment
 from hf_compress.publishing.audit import audit
 from hf_compress.publishing.card import hub_id, in_words
@@ -116,7 +117,7 @@ def _load(folder: Path, class_name: str | None, *, floats: bool = False) -> PreT
     model = reopen(folder, kind, settings.get("quant_method", "") if floats else "")
     if bits_of(model):
         return guard_cpu_kernels_(model)
-    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Any = own_device()
     return model.to(device)
 
 
@@ -218,7 +219,7 @@ def _settings(options: argparse.Namespace, report: Mapping[str, Any] | None) -> 
 def _tolerance(report: Mapping[str, Any]) -> float:
     here, there = environment(), report["environment"]
     versions = [{k: e["versions"].get(k) for k in ("torch", "transformers")} for e in (here, there)]
-    alike = versions[0] == versions[1] and all(here[k] == there[k] for k in ("cpu", "gpu"))
+    alike = versions[0] == versions[1] and same_hardware(here, there)
     return _HERE if alike else _ELSEWHERE
 
 

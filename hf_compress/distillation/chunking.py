@@ -14,6 +14,7 @@ from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_compress.devices import is_host
 from hf_compress.distillation.alignment import Classes
 from hf_compress.distillation.cache.teacher import CachedTeacher
 from hf_compress.distillation.chunked import Taught, chunked_sums
@@ -27,8 +28,8 @@ from hf_compress.targets import without_adapters
 
 logger = logging.getLogger(__name__)
 
-LOGITS = {"cpu": 2**23, "cuda": 2**26}
-"""How many logits "auto" holds of one model at a time, by the kind of device.
+LOGITS, GPU_LOGITS = 2**23, 2**26
+"""How many logits "auto" holds of one model at a time, on a CPU and on what else there is.
 
 On CPUs fewer would take longer, and more are no faster (measured, benchmarks/chunked_loss.py). GPUs are
 not measured yet: theirs is of 512 items at 128k classes, which keep one busy, in 256 MiB.
@@ -151,8 +152,8 @@ class Chunking:
 
 def automatic_size(head: nn.Linear) -> int:
     """How many items "auto" projects at one time through an output layer."""
-    kind = head.weight.device.type
-    return max(1, LOGITS.get(kind, LOGITS["cuda"]) // head.out_features)
+    most = LOGITS if is_host(head.weight.device) else GPU_LOGITS
+    return max(1, most // head.out_features)
 
 
 def _tapped(teacher: Teacher, features: Mapping[str, Any]) -> Tap | None:

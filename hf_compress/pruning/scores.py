@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_compress.devices import host
+
 # The multipliers of splitmix64, as the signed integers that torch computes with.
 GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -47,7 +49,7 @@ class Noise:
     seed: int
     name: str
     first: int
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=host)
 
     def __getitem__(self, place: slice) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=8).digest()

@@ -10,6 +10,8 @@ from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 from torch.utils.benchmark import Timer
 
+from hf_compress.devices import has_sparse_kernels
+
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -30,7 +32,7 @@ def to_semi_structured_(
     layer qualifies.
     """
     device = next(model.parameters()).device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    if not has_sparse_kernels(device):
         raise RuntimeError(
             f"The model is on {device}, and torch has 2:4 kernels for CUDA GPUs of compute "
             "capability 8.0 and higher only. Elsewhere a zero takes the time of any other number."

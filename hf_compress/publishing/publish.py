@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modelcard import TASK_MAPPING
 
+from hf_compress.latency import compare_latency
 from hf_compress.measure import (
     CompressionReport,
     Measurement,
-    compare_latency,
     count_weights,
     environment,
     peak_memory,

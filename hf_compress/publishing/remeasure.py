@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.measure import environment, measure_latency, peak_memory
+from hf_compress.devices import device_name
+from hf_compress.example_inputs import inputs_of_shapes
+from hf_compress.latency import compare_latency
+from hf_compress.measure import environment, peak_memory
 from hf_compress.publishing.claims import Claim
 
 TIMES = 1.5
@@ -30,7 +31,7 @@ def speed_claims(
         title, claimed = "latency, median, ms", timed["median_ms"]
         if not latency:
             yield Claim(title, claimed, "needs --latency", None)
-        elif timed["device"] != here["gpu" if model.device.type == "cuda" else "cpu"]:
+        elif timed["device"] != device_name(model.device):
             yield Claim(title, claimed, f"measured on {timed['device']}", None)
         else:
             yield within(title, claimed, _latency(model, timed))
@@ -42,7 +43,7 @@ def speed_claims(
         elif there["gpu"] != here["gpu"]:
             yield Claim(title, peak, f"measured on {there['gpu'] or there['cpu']}", None)
         else:
-            inputs = _inputs(model, timed["inputs"])
+            inputs = inputs_of_shapes(model, timed["inputs"])
             yield within(title, peak, peak_memory(folder, type(model).__name__, inputs))
 
 
@@ -52,25 +53,6 @@ def within(name: str, claimed: float, found: float) -> Claim:
 
 
 def _latency(model: PreTrainedModel, timed: Mapping[str, Any]) -> float:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(timed["threads"])
-    try:
-        inputs = _inputs(model, timed["inputs"])
-        return measure_latency(model, inputs, runs=timed["runs"]).median_ms
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _inputs(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Of these shapes: tokens of the vocabulary, nothing masked, and noise for what is no number."""
-    made = {}
-    for name, shape in shapes.items():
-        if name == "input_ids":
-            made[name] = torch.randint(model.config.get_text_config().vocab_size, tuple(shape))
-        elif name.endswith("mask"):
-            made[name] = torch.ones(tuple(shape), dtype=torch.long)
-        elif name.endswith("ids"):
-            made[name] = torch.zeros(tuple(shape), dtype=torch.long)
-        else:
-            made[name] = torch.randn(tuple(shape))
-    return made
+    inputs = inputs_of_shapes(model, timed["inputs"])
+    found = compare_latency({"model": model}, inputs, runs=timed["runs"], threads=timed["threads"])
+    return found["model"].median_ms

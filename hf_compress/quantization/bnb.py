@@ -10,13 +10,13 @@ from os import PathLike
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from hf_compress.devices import is_host, own_device, short_dtype
 from hf_compress.quantization.guard import (
     BLOCK,
     guard_cpu_kernels_,
@@ -60,7 +60,7 @@ def quantized(
     ImportError without bitsandbytes.
     """
     config = _settings(bits, compute_dtype, storage_dtype, skip)
-    if bits == 4 and _device().type == "cpu" and has_fused_kernel():
+    if bits == 4 and is_host(own_device()) and has_fused_kernel():
         logger.warning(
             "An evaluation on this CPU repacks 4-bit weights, so that they save, merge and train "
             "wrongly: load with `load_quantized`, or call `guard_cpu_kernels_(model)` right after "
@@ -119,7 +119,7 @@ def load_quantized(
             model_id,
             config=config,
             quantization_config=settings,
-            device_map={"": _device()},
+            device_map={"": own_device()},
             dtype=storage if storage.is_floating_point else "auto",
             output_loading_info=True,
         )
@@ -169,7 +169,7 @@ def _settings(
         raise ImportError(
             'Quantized loading needs bitsandbytes: pip install "hf-compress[quantization]"'
         )
-    _device()
+    own_device()  # which becomes the current one: it is where transformers loads
     names = list(HEADS if skip is None else skip)
     if bits == 8:
         if compute_dtype is not None or storage_dtype is not None:
@@ -208,7 +208,7 @@ def _kept_in_float(
 ) -> dict[str, str]:
     """The reason for each layer that is known before the checkpoint is read, by its name."""
     kept = {}
-    if bits == 4 and _device().type == "cpu":
+    if bits == 4 and is_host(own_device()):
         for name, layer in layers.items():
             size = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
             if size % BLOCK:
@@ -237,15 +237,6 @@ def _listed(kept: Mapping[str, str]) -> str:
     )
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # It also makes the rank's own device the current one, which is where transformers loads.
-    return PartialState().device
-
-
 def _compute_dtype() -> torch.dtype:
-    if not torch.cuda.is_available():
-        return torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+    device = own_device()
+    return torch.float32 if is_host(device) else short_dtype(device)

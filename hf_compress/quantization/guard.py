@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_compress.devices import is_host
+
 BLOCK = 64  # weights that share one scale in bitsandbytes' 4-bit format
 
 
@@ -38,7 +40,7 @@ def guard_cpu_kernels_(model: nn.Module) -> Any:
     odd = [
         name
         for name, layer in layers.items()
-        if layer.in_features % BLOCK and layer.weight.device.type == "cpu"
+        if layer.in_features % BLOCK and is_host(layer.weight.device)
     ]
     if odd and not _decodes_any_row():
         raise ValueError(

@@ -175,7 +175,7 @@ def test_a_whole_training_never_holds_more_logits_than_asked_for(chunk_size, mos
 
 def test_auto_leaves_small_batches_whole(tmp_path, monkeypatch):
     assert not in_chunks(build(tmp_path, *MODELS["llama"], chunk_size="auto"))
-    monkeypatch.setitem(chunking.LOGITS, "cpu", 7 * VOCABULARY + 1)
+    monkeypatch.setattr(chunking, "LOGITS", 7 * VOCABULARY + 1)
     trainer = build(tmp_path, *MODELS["llama"], chunk_size="auto")
     with Logits() as logits:
         trainer.train()

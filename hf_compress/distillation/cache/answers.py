@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCTC
 
+from hf_compress.devices import host
 from hf_compress.distillation.cache.cells import Origin
 from hf_compress.distillation.cache.keys import answers_tokens
 from hf_compress.distillation.shortlist import Shortlist, draw, most_probable
@@ -75,7 +76,7 @@ def _kept(items: Tensor, key: str, keeping: Keeping) -> dict[str, Tensor]:
 
 
 def _converted(values: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return values.detach().to("cpu", dtype)
+    return values.detach().to(host(), dtype)
 
 
 def joined(rows: Sequence[dict[str, Tensor]], head: Head) -> dict[str, Tensor]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,15 +14,10 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_compress.devices import processes
 from hf_compress.distillation.cache.asking import Collate
 from hf_compress.distillation.tasks.heads import HEADS, Head, head_of
 from hf_compress.distillation.teacher import accepted_inputs, load_teacher
-
-
-def processes() -> PartialState:
-    """Those that were launched together, and the device of this one."""
-    # Processes without accelerators find each other only where this is said.
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def loaded(teacher: nn.Module | str, bits: int | None) -> tuple[nn.Module, Head]:

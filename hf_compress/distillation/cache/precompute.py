@@ -13,11 +13,12 @@ import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from torch import nn
 
+from hf_compress.devices import processes
 from hf_compress.distillation.cache.answers import Keeping
 from hf_compress.distillation.cache.asking import Asking, Collate
 from hf_compress.distillation.cache.cells import Origin
 from hf_compress.distillation.cache.keys import answers_tokens, fingerprint
-from hf_compress.distillation.cache.loading import default_collator, loaded, processes, used_columns
+from hf_compress.distillation.cache.loading import default_collator, loaded, used_columns
 from hf_compress.distillation.cache.states import describe, features_of
 from hf_compress.distillation.divergences import Divergence
 from hf_compress.distillation.tasks.heads import Head

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_compress.devices import host
 from hf_compress.distillation.cache.cells import STATES, Origin
 from hf_compress.distillation.cache.keys import head_called
 from hf_compress.distillation.features.items import token_mask
@@ -56,7 +57,7 @@ def cut_states(
         for number, row in enumerate(cut):
             own = slice(number * parts, (number + 1) * parts)
             kept = value[own] if mask is None else value[own][mask[own]]
-            row[_named(feature)] = kept.detach().to("cpu", dtype)
+            row[_named(feature)] = kept.detach().to(host(), dtype)
     return cut
 
 
