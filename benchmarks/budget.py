@@ -15,7 +15,8 @@ import minilm
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from hf_compress import fit_structure
-from hf_compress.measure import bytes_on_disk, compare_latency, environment
+from hf_compress.latency import compare_latency
+from hf_compress.measure import bytes_on_disk, environment
 
 
 def fitted(dense, calibration, data, options, **budget):

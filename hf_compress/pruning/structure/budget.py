@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_compress.calibration.batches import Batch, check_calibration
 from hf_compress.frozen import evaluating
-from hf_compress.measure import compare_latency
+from hf_compress.latency import compare_latency
 from hf_compress.pruning.structure.architectures import Kind
 from hf_compress.pruning.structure.choice import check_round_to, count_kept, highest
 from hf_compress.pruning.structure.config import smaller_config
