@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
+from hf_compress.devices import host
 from hf_compress.distillation.cache.teacher import cached_teacher
 from hf_compress.distillation.routing import Routes, routed
 from hf_compress.distillation.sharding import shard_
@@ -37,7 +37,7 @@ def teaching_of(
     """
     sharded = trainer.accelerator.is_fsdp2
     # What is cut into shards goes to its device in parts.
-    device = torch.device("cpu") if sharded else trainer.args.device
+    device = host() if sharded else trainer.args.device
     if processing is not None:
         teaching = translated_teacher(
             trainer.model,
