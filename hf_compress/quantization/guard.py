@@ -24,11 +24,13 @@ def guard_cpu_kernels_(model: nn.Module) -> Any:
 
     The effects were seen with bitsandbytes 0.50. Call it right after loading.
 
-    Raises ValueError where weights are repacked already, and where this CPU's kernel decodes rows
-    wrongly that end within a block of 64 weights, as AVX512 ones do.
+    Raises ValueError where weights are repacked already, where this CPU's kernel decodes rows wrongly
+    that end within a block of 64 weights, as AVX512 ones do, and, in 8 bits too, where layers were to be
+    packed that the checkpoint does not have.
     """
     from bitsandbytes.nn import Linear4bit
 
+    _check_packed(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     repacked = [name for name, layer in layers.items() if _is_repacked(layer)]
     if repacked:
@@ -63,6 +65,24 @@ def has_fused_kernel() -> bool:
 def warn_once_about_casts() -> None:
     # bitsandbytes warns that activations are cast to fp16 in every layer at every call.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
+
+
+def _check_packed(model: nn.Module) -> None:
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    # transformers makes such layers anew, with float weights that no packed kernel can read.
+    fresh = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, (Linear4bit, Linear8bitLt))
+        and not isinstance(layer.weight, (Params4bit, Int8Params))
+    ]
+    if fresh:
+        raise ValueError(
+            f"{len(fresh)} layers, {fresh[0]} the first, are not in the checkpoint, so that there was "
+            "nothing to pack: load with `load_quantized`, which keeps them in float, or name them in "
+            "`quantized(skip=...)`."
+        )
 
 
 def _is_repacked(layer: Any) -> bool:

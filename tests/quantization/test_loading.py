@@ -11,20 +11,30 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForCTC,
     AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForNextSentencePrediction,
     AutoModelForObjectDetection,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTableQuestionAnswering,
     AutoModelForTokenClassification,
+    AutoModelForUniversalSegmentation,
+    AutoModelForVideoClassification,
+    AutoModelForVisualQuestionAnswering,
+    AutoModelForZeroShotImageClassification,
     BartConfig,
     BertConfig,
+    CLIPConfig,
     DebertaV2Config,
     DistilBertConfig,
+    DPTConfig,
+    EomtConfig,
     FunnelConfig,
     GPT2Config,
     LlamaConfig,
@@ -32,6 +42,9 @@ from transformers import (
     RobertaConfig,
     SegformerConfig,
     T5Config,
+    TapasConfig,
+    VideoMAEConfig,
+    ViltConfig,
     ViTConfig,
     Wav2Vec2Config,
     WhisperConfig,
@@ -110,6 +123,31 @@ SEGFORMER = {
     "decoder_hidden_size": 64,
     "drop_path_rate": 0.0,
 }
+DPT = IMAGE | {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "is_hybrid": False,
+    "backbone_out_indices": [0, 1, 2, 3],
+    "neck_hidden_sizes": [8, 8, 8, 8],
+    "fusion_hidden_size": 8,
+    "reassemble_factors": [4, 2, 1, 0.5],
+}
+EOMT = IMAGE | {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_queries": 4,
+    "num_blocks": 1,
+    "num_upscale_blocks": 1,
+}
+CLIP = {
+    "text_config": SMALL | {"max_position_embeddings": 32, "eos_token_id": 16},
+    "vision_config": SMALL | IMAGE,
+    "projection_dim": 64,
+}
+VIDEO = SMALL | IMAGE | {"num_frames": 4, "tubelet_size": 2}
 
 ROWS = [
     (AutoModelForSequenceClassification, RobertaConfig(**SMALL)),
@@ -132,6 +170,14 @@ ROWS = [
     (AutoModelForAudioXVector, Wav2Vec2Config(**SOUND)),
     (AutoModelForCTC, Wav2Vec2Config(**SOUND)),
     (AutoModelForSpeechSeq2Seq, WhisperConfig(**WHISPER)),
+    (AutoModelForPreTraining, BertConfig(**SMALL)),
+    (AutoModelForTableQuestionAnswering, TapasConfig(**SMALL, num_aggregation_labels=3)),
+    (AutoModelForVisualQuestionAnswering, ViltConfig(**SMALL, **IMAGE, max_position_embeddings=32)),
+    (AutoModelForZeroShotImageClassification, CLIPConfig(**CLIP)),
+    (AutoModelForVideoClassification, VideoMAEConfig(**VIDEO)),
+    (AutoModelForMaskedImageModeling, ViTConfig(**SMALL, **IMAGE, encoder_stride=16)),
+    (AutoModelForUniversalSegmentation, EomtConfig(**EOMT)),
+    (AutoModelForSemanticSegmentation, DPTConfig(**DPT)),
 ]
 KINDS = pytest.mark.parametrize(
     ("auto_class", "config"),
@@ -145,8 +191,15 @@ def inputs(auto_class, config):
         return {"input_values": torch.randn(1, 640)}
     if config.model_type == "whisper":
         return {"input_features": torch.randn(1, 80, 32), "decoder_input_ids": IDS}
-    if config.model_type in ("vit", "yolos", "segformer"):
-        return {"pixel_values": torch.randn(1, 3, 32, 32)}
+    image = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    if config.model_type in ("vit", "yolos", "segformer", "eomt", "dpt"):
+        return image
+    if config.model_type in ("vilt", "clip"):
+        return {"input_ids": IDS} | image
+    if config.model_type == "videomae":
+        return {"pixel_values": torch.randn(1, 4, 3, 32, 32)}
+    if config.model_type == "tapas":
+        return {"input_ids": IDS, "token_type_ids": torch.zeros(1, 12, 7, dtype=torch.long)}
     if auto_class is AutoModelForMultipleChoice:
         return {"input_ids": torch.stack([IDS, IDS + 5], 1)}
     return {"input_ids": IDS}
@@ -155,7 +208,14 @@ def inputs(auto_class, config):
 def outputs(model, batch):
     """All predictions in one vector."""
     found = model(**{name: value.to(model.device) for name, value in batch.items()})
-    wanted = ("logits", "pred_boxes", "embeddings")
+    wanted = (
+        "logits",
+        "pred_boxes",
+        "embeddings",
+        "reconstruction",
+        "logits_aggregation",
+        "logits_per_image",
+    )
     return torch.cat([value.flatten() for name, value in found.items() if name.endswith(wanted)])
 
 
@@ -223,3 +283,13 @@ def test_names_alone_leave_out_the_heads_and_keep_the_blocks(auto_class, config)
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     kept = [name for name in layers if not should_convert_module(name, list(HEADS))]
     assert len(kept) <= len(heads) + 1  # a pooler may stay too; the blocks may not
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_new_head_of_an_unknown_name_is_told_before_it_crashes(bits, tmp_path):
+    config = BertConfig(**SMALL)
+    AutoModelForSequenceClassification.from_config(config).base_model.save_pretrained(tmp_path)
+    settings = quantized(bits, skip=["score"])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=settings)
+    with pytest.raises(ValueError, match=r"1 layers, classifier the first, are not in the.*load_quant"):
+        guard_cpu_kernels_(model)
