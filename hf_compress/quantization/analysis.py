@@ -79,7 +79,8 @@ class WeightAnalysis:
     def draw(self, folder: str | Path) -> None:
         """Two pictures into `folder`, which is made: `grid_errors.png`, the error of each grid at each
         width over the weights; and `weight_histograms.png`, the six weights that are the farthest from
-        their best grid at the lowest width, with the range of the best grid at each width."""
+        their best grid at the lowest width, with their medians and the range of the best grid at each
+        width."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         draw_errors(self.weights, self.bits, folder / ERRORS)

@@ -25,8 +25,8 @@ def guard_cpu_kernels_(model: nn.Module) -> Any:
     The effects were seen with bitsandbytes 0.50. Call it right after loading.
 
     Raises ValueError where weights are repacked already, where this CPU's kernel decodes rows wrongly
-    that end within a block of 64 weights, as AVX512 ones do, and, in 8 bits too, where layers were to be
-    packed that the checkpoint does not have.
+    that end within a block of 64 weights, as AVX512 ones do, and, in 8 bits too, for layers to pack
+    that are not in the checkpoint.
     """
     from bitsandbytes.nn import Linear4bit
 

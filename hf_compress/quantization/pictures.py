@@ -40,8 +40,8 @@ def draw_errors(weights: Mapping[str, WeightStatistics], bits: Sequence[int], pa
 def draw_histograms(
     weights: Mapping[str, WeightStatistics], bits: Sequence[int], path: str | Path
 ) -> None:
-    """The six weights that are the farthest from their best grid at the lowest width, with the range
-    of the best grid at each width, to a picture file."""
+    """The six weights that are the farthest from their best grid at the lowest width, with the median
+    and the range of the best grid at each width, to a picture file."""
     fewest = min(bits)
     farthest = sorted(weights.items(), key=lambda item: -min(item[1].errors[fewest].values()))
     drawn = farthest[:_DRAWN]
@@ -51,6 +51,7 @@ def draw_histograms(
         step = (weight.highest - weight.lowest) / BINS
         edges = [weight.lowest + step * place for place in range(BINS + 1)]
         axes.stairs(weight.histogram, edges, fill=True, color="lightgrey")
+        axes.axvline(weight.median, color="black", linewidth=0.8, label=f"median {weight.median:.2g}")
         for place, width in enumerate(bits):
             best = weight.best(width)
             for value in weight.ranges[width][best]:
@@ -60,5 +61,6 @@ def draw_histograms(
         axes.set_ylim(bottom=0.5)  # below a single weight, so that outliers are seen
         axes.set_title(name, fontsize=8)
         axes.legend(fontsize=7, loc="upper right")
-    figure.supylabel("weights", fontsize=9)
+    figure.supylabel("number of weights", fontsize=9)
+    figure.supxlabel("value; dotted: the ends of the best grid, averaged over its groups", fontsize=9)
     figure.savefig(path)

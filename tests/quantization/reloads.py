@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 torch.set_num_threads(int(sys.argv[1]))
 for folder in sys.argv[2:]:
-    kind = getattr(transformers, json.load(open(f"{folder}/config.json"))["architectures"][0])
+    config = json.load(open(f"{folder}/config.json"))
+    kind = getattr(transformers, config["architectures"][0])
     ways = {"plain": {}}
-    if not folder.endswith("torchao"):
+    if config.get("quantization_config", {}).get("quant_method") == "compressed-tensors":
         dequantize = transformers.CompressedTensorsConfig(dequantize=True)
         ways["dequantized"] = {"quantization_config": dequantize}
     for name, settings in ways.items():
@@ -40,7 +41,7 @@ for folder in sys.argv[2:]:
 
 
 def reload(root, folders):
-    """Writes `plain.reloaded` into each folder, and `dequantized.reloaded` but for torchao."""
+    """Writes `plain.reloaded` into each folder, and for compressed-tensors `dequantized.reloaded`."""
     names = [str(folder) for folder in folders]
     command = [sys.executable, "-c", RELOAD, str(torch.get_num_threads()), *names]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=root)

@@ -80,15 +80,15 @@ def train(folder, make, settings, sparsity=None):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """For each case the model, its callback, its folder, reloaded without hf_compress, and the logits
-    by how it is loaded. The same in the format of torchao is in a folder within."""
+    by how it is loaded. The same in the other formats is in folders within."""
     root = tmp_path_factory.mktemp("exported")
     results = {}
     for name, case in CASES.items():
         model, callback = train(root / "training", *case)
         inputs = callback.input_grids
         save_quantized(model, root / name, grids=callback.grids, input_grids=inputs)
-        if TORCHAO and not inputs:
-            save_quantized(model, root / name / "torchao", grids=callback.grids, format="torchao")
+        for format in ("dense", "torchao")[: 1 + TORCHAO] if not inputs else ():
+            save_quantized(model, root / name / format, grids=callback.grids, format=format)
         with torch.no_grad():
             trained = model(INPUT).logits
             callback.remove_hooks()
@@ -96,6 +96,7 @@ def exported(tmp_path_factory):
         results[name] = (model, callback, root / name, logits)
     folders = [str(root / case) for case in CASES]
     folders += [f"{root}/{case}/torchao" for case in WITH_FLOAT_INPUTS if TORCHAO]
+    folders += [f"{root}/{case}/dense" for case in WITH_FLOAT_INPUTS]
     reload(root, folders)
     return results
 
@@ -160,9 +161,18 @@ def test_torchao_loads_what_was_trained(exported, case):
     assert tensor_bytes(folder / "torchao") == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("case", WITH_FLOAT_INPUTS)
+def test_dense_loads_what_was_trained(exported, case):
+    model, _, folder, logits = exported[case]
+    found = load_file(folder / "dense" / "plain.reloaded")
+    assert logits["plain"].equal(found["logits"])
+    assert all(value.equal(found[name]) for name, value in model.state_dict().items())
+    assert "quantization_config" not in json.loads((folder / "dense" / "config.json").read_text())
+
+
 def test_tied_tables_stay_tied_and_are_saved_once(exported):
     for case, tied in (("int8 tied", True), ("int2 untied", False)):
-        for folder in (exported[case][2], exported[case][2] / "torchao"):
+        for folder in (exported[case][2] / format for format in ("", "torchao", "dense")):
             if folder.exists():
                 assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
                 assert bool(load_file(folder / "plain.reloaded")["tied"]) is tied
