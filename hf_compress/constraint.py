@@ -85,6 +85,13 @@ class Member:
             return self["latent"]
         return self.param
 
+    @property
+    def momenta(self) -> list[Tensor]:
+        """The optimizer's running means of this parameter's gradients; none where it keeps them in
+        8 bit."""
+        state = self._optimizer.state.get(self.param, {})
+        return [state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None]
+
     def move_into_state(self) -> None:
         """Hand what waited here to the optimizer, once it has stepped on this parameter."""
         if self._pending and self.param.grad is not None:

@@ -46,8 +46,9 @@ class Pruner(ZeroKeeper):
     inputs: of the model's layers; needed by scores that see them ("wanda").
 
     Zeros that are there at the start count as pruned, and the sparsity never falls below theirs.
-    The gradient of a pruned weight is masked, so its latent value waits and can come back when the
-    ranking changes; once the schedule has ended the mask is fixed.
+    The gradient of a pruned weight is masked, so its latent value waits, but for what momentum and
+    weight decay still do to it, and can come back when the ranking changes; once the schedule has ended
+    the mask is fixed. The gradient norm that a Trainer clips counts pruned weights too.
 
     Memory for each weight: a bool mask; until the schedule ends also a latent copy and, for scores
     with a statistic, that statistic. A ranking by a pattern or by row takes the scores of one weight.

@@ -29,9 +29,10 @@ class RigL(ZeroKeeper):
     end: the last exchange comes before this optimizer step (int), or fraction of the training (float).
 
     An exchange drops the smallest active weights, then activates as many of the inactive with the
-    largest gradient, those just dropped included: they go on as they were, the others begin at zero.
-    The paper takes no optimizer step then; here the exchange comes before the step, in which what was
-    grown is trained already. The choice is by the gradient of one step: large batches choose better.
+    largest gradient, those just dropped included: they go on as they were. The others begin at zero, as
+    does their momentum (but for what an optimizer keeps in 8 bit). The paper takes no optimizer step
+    then; here the exchange comes before the step, in which what was grown is trained already. The
+    choice is by the gradient of one step: large batches choose better.
 
     Memory for each weight: a bool mask. In a loop of your own, tell it the time before each step:
     `rigl.at(step, max_steps)`.
@@ -116,6 +117,9 @@ def _exchange(member: Member, part: float) -> None:
     (grown,) = keep_highest(
         lambda g, k: torch.where(k > 0, -1.0, g.abs()), [(cast(Tensor, member.param.grad), kept)], count
     )
+    anew = local(grown) & ~local(mask)
+    for momentum in member.momenta:
+        local(momentum).masked_fill_(anew, 0)
     # Where another constraint keeps a latent weight, what is grown must begin at zero there too.
     local(member.latent).mul_(local(mask))
     member["mask"] = kept.logical_or_(grown)

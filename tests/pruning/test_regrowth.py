@@ -68,7 +68,9 @@ def test_equals_its_definition_written_naively():
                 grown = sorted(inactive, key=lambda j: -float(slope[j]))[:count]
                 mask = torch.zeros(w.numel(), dtype=torch.bool)
                 mask[[*(set(active) - dropped), *grown]] = True
-                moved += int((mask.view_as(w) & ~masks[i]).sum())
+                new = mask.view_as(w) & ~masks[i]
+                moved += int(new.sum())
+                optimizer.state[w]["momentum_buffer"][new] = 0  # of when they were pruned
                 masks[i] = mask.view_as(w)
         for w, mask in zip(weights, masks, strict=True):
             w.grad *= mask
@@ -79,6 +81,25 @@ def test_equals_its_definition_written_naively():
     assert moved > 10
     assert ours[0].weight.equal(naive[0].weight)
     assert ours[2].weight.equal(naive[2].weight)
+
+
+def test_what_is_grown_does_not_remember_how_it_moved_before():
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    rigl = begin(net, optimizer, interval=2)
+    train(net, optimizer, rigl, 0, 3)
+    weight = net[0].weight
+    before = weight.detach() != 0
+    optimizer.zero_grad()
+    loss_of(net, 3).backward()
+    slope = weight.grad.clone()
+    optimizer.state[weight]["exp_avg"].fill_(100.0)  # none of which may reach what is grown
+    rigl.at(4, STEPS)
+    optimizer.step()
+    grown = (optimizer.state[weight]["hf_compress_mask"] > 0) & ~before
+    assert grown.any()
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"][grown], 0.1 * slope[grown])
+    assert (optimizer.state[weight]["exp_avg"][~grown] > 80).all()
 
 
 def test_is_as_sparse_from_the_beginning_and_keeps_only_a_mask():
