@@ -1,5 +1,6 @@
 """Structure removed by the command, on tiny models of two kinds."""
 
+import json
 import re
 
 import pytest
@@ -28,9 +29,25 @@ def test_the_scores_are_those_of_the_labelled_rows(classifier, tmp_path):
     assert all(torch.equal(written[name], expected[name]) for name in written)
 
 
+def test_a_budget_is_met_and_told(classifier, tmp_path):
+    def size(folder):
+        return sum(4 * tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
+
+    limit = size(classifier) - 50_000  # of which each of four layers has 34,000
+    main(classifying(classifier, tmp_path / "new", "--max_bytes", str(limit)))
+    assert size(tmp_path / "new") <= limit
+    told = json.loads((tmp_path / "new" / "structure.json").read_text())
+    assert told["settings"]["max_bytes"] == limit
+    assert told["removed"].get("ffn") or told["removed"]["layers"] < 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("--speedup", "2", "--ffn", "0.5"), "a budget says what goes: leave out"),
+        (("--speedup", "0.5"), "above 1, such as 1.5"),
+        (("--speedup", "2", "--max_bytes", "100"), "give one budget"),
+        (("--max_bytes", "100"), "the nearest that was found"),
         ((), "nothing to remove"),
         (("--ffn", "50"), "For half pass 0.5"),
         (("--heads", "-0.5"), r"in \[0, 1\)"),

@@ -1,14 +1,17 @@
 """Run by two ranks: a Trainer with a callback that prunes or quantizes. Each rank checks its weights
-and writes them to a file of its own."""
+and writes them to a file of its own; of "rows", every method in methods.py, they compare them."""
 
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import methods
 from safetensors.torch import save_file
+from test_methods import check_target
 from tiny import classification_rows, tiny_bert
 from transformers import Trainer, TrainingArguments
 
@@ -50,9 +53,8 @@ METHODS = {
     "units": (StructuredPruningCallback(ffn=0.5), check_units),
 }
 
-if __name__ == "__main__":
-    folder, method = Path(sys.argv[1]), sys.argv[2]
-    callback, check = METHODS[method]
+
+def trained(folder, callback):
     trainer = Trainer(
         tiny_bert(),
         TrainingArguments(
@@ -70,6 +72,28 @@ if __name__ == "__main__":
     )
     trainer.train()
     assert dist.get_world_size() == 2
+    return trainer
+
+
+def compare_rows(folder):
+    for method in methods.METHODS:
+        callback = method.make()
+        trainer = trained(folder, callback)
+        check_target(trainer.model, method, callback)
+        for name, param in trainer.model.named_parameters():
+            ranks = [torch.empty_like(param) for _ in range(2)]
+            dist.all_gather(ranks, param.detach().contiguous())
+            assert ranks[0].equal(ranks[1]), (method.name, name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    folder, method = Path(sys.argv[1]), sys.argv[2]
+    if method == "rows":
+        compare_rows(folder)
+        sys.exit(0)
+    callback, check = METHODS[method]
+    trainer = trained(folder, callback)
     check(trainer.model)
     # `save_pretrained` writes on the first rank only.
     save_file(trainer.model.state_dict(), folder / f"{dist.get_rank()}.safetensors", {"format": "pt"})

@@ -25,6 +25,7 @@ SPARSITY = 0.75
 METHODS = {
     "global": {},
     "layer": {"scope": "layer"},
+    "magnitude": {"score": "magnitude"},
     "row": {"scope": "row", "score": "wanda"},
     "random": {"score": "random"},
     "taylor": {"score": "taylor"},
@@ -51,7 +52,7 @@ def wide():
 
 def constraint(net, method, done=0):
     """The constraint of a method, and its targets."""
-    plain = method in ("global", "layer", "random", "taylor", "RigL", "rows")
+    plain = method in ("global", "layer", "magnitude", "random", "taylor", "RigL", "rows")
     targets = find_targets(net, None if plain else ["0", "2", "4"]).targets
     if method == "RigL":
         made = RigL(SPARSITY, interval=3)
@@ -105,7 +106,7 @@ def compare(method):
     expected = whole.state_dict()
     for name, value in rest.state_dict().items():
         assert value.full_tensor().equal(expected[name]), (method, name)
-    if method in ("global", "random", "taylor"):
+    if method in ("global", "magnitude", "random", "taylor"):
         zeros = sum(int((expected[f"{i}.weight"] == 0).sum()) for i in (0, 2, 4))
         assert zeros == round(SPARSITY * (16 * 9 + 9 * 8 + 8 * 4)), zeros
 

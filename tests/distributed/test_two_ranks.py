@@ -38,3 +38,7 @@ def test_data_parallel_ranks_write_the_same_file(tmp_path, method):
         for name in ("0.safetensors", "1.safetensors", "checkpoint-12/model.safetensors")
     )
     assert first == second == saved
+
+
+def test_data_parallel_ranks_agree_for_every_method(tmp_path):
+    launch("replicas.py", str(tmp_path), "rows")
