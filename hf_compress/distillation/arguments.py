@@ -25,6 +25,12 @@ class DistillationArgumentsMixin:
             "at all for cosine)."
         },
     )
+    temperature_squared: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the loss is multiplied like that; else it falls with the temperature."
+        },
+    )
     teacher_temperature: float | None = field(
         default=None,
         metadata={"help": "Another temperature for the teacher's distribution; else the same."},
@@ -118,6 +124,7 @@ class DistillationArgumentsMixin:
             teacher_temperature=self.teacher_temperature,
             beta=self.beta,
             skew=self.skew,
+            scaled=self.temperature_squared,
         )
 
 

@@ -67,9 +67,9 @@ class Divergence:
     """A distance between softened outputs: T^power * distance(student / T, teacher / T).
 
     name: one of `DIVERGENCES`. temperature: T, above 0. T^2 (T for "tvd", 1 for "cosine", which does
-    not depend on T) keeps the size of the gradient as T grows. teacher_temperature: another T for the
-    teacher; None is the same. beta: of "jsd" alone, in [0, 1], default 0.5. skew: of "skew_kl" and
-    "skew_reverse_kl" alone, in [0, 1), default 0.1.
+    not depend on T) keeps the size of the gradient as T grows; scaled=False leaves it out.
+    teacher_temperature: another T for the teacher; None is the same. beta: of "jsd" alone, in [0, 1],
+    default 0.5. skew: of "skew_kl" and "skew_reverse_kl" alone, in [0, 1), default 0.1.
 
     Raises ValueError for anything else, and for a `beta` or `skew` that would be ignored.
     """
@@ -79,6 +79,7 @@ class Divergence:
     teacher_temperature: float | None = None
     beta: float | None = None
     skew: float | None = None
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         if self.name not in DIVERGENCES:
@@ -185,6 +186,8 @@ class Divergence:
         described: dict[str, Any] = {"divergence": self.name, "temperature": self.temperature}
         if self.teacher_temperature is not None:
             described["teacher's temperature"] = self.teacher_temperature
+        if not self.scaled:
+            described["times temperature squared"] = False
         return {**described, **self.setting, "paper": f"arXiv:{self._kind.paper}"}
 
     @property
@@ -208,9 +211,13 @@ class Divergence:
         """Of the teacher's distribution."""
         return self.temperature if self.teacher_temperature is None else self.teacher_temperature
 
+    def scale(self, power: int | None = None) -> float:
+        """T^power; by default that of this divergence."""
+        power = self._kind.power if power is None else power
+        return self.temperature**power if self.scaled else 1.0
+
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        kind = self._kind
-        return self.temperature**kind.power * kind.distance(student, teacher, **self.setting)
+        return self.scale() * self._kind.distance(student, teacher, **self.setting)
 
     def _refuse(self, task: str, names: Iterable[str]) -> NoReturn:
         raise ValueError(

@@ -86,7 +86,7 @@ class Shortlist:
         present = -torch.expm1(-torch.exp(logs - precise(self.rest)[:, None]))
         present[:, 0] = 1.0
         surprise = logs - mixture(logs, student, divergence.setting.get("skew", 0.0))
-        return divergence.temperature**2 * (logs.exp() / present * surprise).sum(-1)
+        return divergence.scale() * (logs.exp() / present * surprise).sum(-1)
 
 
 def distance(divergence: Divergence, student: Tensor, teacher: Tensor | Shortlist) -> Tensor:

@@ -43,8 +43,8 @@ def between_classes(
     ours = _distribution_(student / divergence.temperature)
     theirs = _distribution_(teacher.div_(divergence.taught_temperature))
     value, slope = closed_form(*ours, *theirs, **divergence.setting)
-    # T^2, of which one T is that of the softened logits.
-    return value * divergence.temperature**2, slope.mul_(divergence.temperature)
+    # Along the logits themselves, which were softened.
+    return value * divergence.scale(), slope.mul_(divergence.scale() / divergence.temperature)
 
 
 def _distribution_(logits: Tensor) -> tuple[Tensor, Tensor]:

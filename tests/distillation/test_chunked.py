@@ -109,6 +109,11 @@ def test_values_and_gradients_are_those_of_the_plain_form(name, alpha, kind):
     assert_exact(*make(kind), divergence, alpha)
 
 
+@pytest.mark.parametrize("name", [*CLOSED_FORMS, "skew_kl"])
+def test_without_the_square_of_the_temperature(name):
+    assert_exact(*make(), Divergence(name=name, temperature=2.0, scaled=False), 0.5)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 11, 100])
 def test_the_size_of_the_chunks_changes_nothing(chunk_size):
     assert_exact(*make("all"), Divergence(), 0.3, chunk_size=chunk_size)

@@ -122,6 +122,18 @@ def test_the_training_is_that_of_whole_logits(name, tmp_path):
     assert ours == pytest.approx(whole, rel=3e-5, abs=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+def test_activation_checkpointing_repeats_no_teacher_and_no_loss(tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        trainer = build(tmp_path, *MODELS["llama, tied"], gradient_checkpointing=checkpointing)
+        forwards = []
+        trainer.teacher.register_forward_hook(lambda *_, to=forwards: to.append(1))
+        found.append((run(trainer), len(forwards)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == found[0][1]
+
+
 def test_another_model_is_evaluated_in_its_place(tmp_path):
     """As when a dense baseline is measured by the trainer of the student."""
     found = []

@@ -24,6 +24,17 @@ def test_both_temperatures_soften_and_the_students_squared_multiplies():
     torch.testing.assert_close(value, 9 * expected)
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_square_of_the_temperature_can_be_left_out(name):
+    student, teacher = logits(5, 7), logits(5, 7, seed=1)
+    scaled, plain = (
+        Divergence(name=name, temperature=3.0, scaled=scaled).between_classes(student, teacher)
+        for scaled in (True, False)
+    )
+    torch.testing.assert_close(scaled, {"tvd": 3, "cosine": 1}.get(name, 9) * plain)
+    assert "times temperature squared" in Divergence(scaled=False).describe()
+
+
 @pytest.mark.parametrize(
     ("settings", "used"),
     [

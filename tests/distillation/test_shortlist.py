@@ -55,6 +55,13 @@ def test_the_other_classes_count_as_one(name):
     torch.testing.assert_close(kept.distance(divergence, student), expected)
 
 
+def test_without_the_square_of_the_temperature():
+    scaled, plain = (Divergence(temperature=2.0, scaled=scaled) for scaled in (True, False))
+    teacher, student = logits(TEACHER), logits(STUDENT)
+    for kept in (most_probable(teacher, 3, 2.0), draw(teacher, 3, 2.0, generator(0))):
+        torch.testing.assert_close(kept.distance(scaled, student), 4 * kept.distance(plain, student))
+
+
 def test_never_more_than_between_the_whole_distributions():
     torch.manual_seed(0)
     teacher, student = 3 * torch.randn(50, 30), 3 * torch.randn(50, 30)

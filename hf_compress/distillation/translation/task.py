@@ -96,7 +96,7 @@ class TranslatedCausalLM:
         theirs = precise(theirs) / divergence.taught_temperature
         of_items, of_theirs = of_items[mine], of_theirs[other]
         if self.across == "uld":
-            each = divergence.temperature * sorted_distance(
+            each = divergence.scale(1) * sorted_distance(
                 F.log_softmax(ours[_firsts(of_items)], dim=-1),
                 F.log_softmax(theirs[_firsts(of_theirs)], dim=-1),
             )

@@ -352,6 +352,27 @@ def test_closest_layers_are_found(tmp_path):
     assert losses[1] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_layer_that_pruning_has_emptied_is_no_longer_compared(tmp_path):
+    """It hands on what it gets, so that the layer before it is as close."""
+    teacher = tiny_llama(layers=3, **SPREAD).eval()
+    student = copy.deepcopy(teacher)
+    trainer = trainer_of(
+        tmp_path,
+        student,
+        teacher,
+        [Match("hidden", layers="closest")],
+        language_rows(),
+        max_steps=2,
+        learning_rate=0.0,
+    )
+    for part in (student.model.layers[1].self_attn.o_proj, student.model.layers[1].mlp.down_proj):
+        torch.nn.init.zeros_(part.weight)
+    trainer.train()
+    (closest,) = trainer.matching._closest.values()
+    assert 1 not in closest.chosen
+    assert closest.chosen[0] == 0
+
+
 def test_a_compiled_student_gives_the_same(tmp_path):
     compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
     runs = [
