@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTERS = "adapter_model.safetensors"
+_AT_ONCE = 16 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,15 @@ class TensorAudit:
     @property
     def sparsity(self) -> float:
         return self.zeros / self.numel if self.numel else 0.0
+
+    def joined(self, other: TensorAudit) -> TensorAudit:
+        """The counts of two pieces of one tensor together."""
+        return replace(
+            self,
+            numel=self.numel + other.numel,
+            zeros=self.zeros + other.zeros,
+            bytes=self.bytes + other.bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,8 @@ class Audit:
 def audit(folder: str | Path, *, targets: Iterable[str] = ()) -> Audit:
     """Opens the safetensors files that `save_pretrained` wrote to `folder` and counts what is there.
 
-    One tensor is in memory at a time. targets: names of the tensors that were to be compressed.
+    Some 16 MB of a file are in memory at a time, mapped ones too. targets: names of the tensors that
+    were to be compressed.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one, for an index that does
     not match the files, and for `targets` that they do not hold.
@@ -116,17 +132,22 @@ def audit(folder: str | Path, *, targets: Iterable[str] = ()) -> Audit:
     files, index = _files(folder)
     vocabulary = _tied_vocabulary(folder)
     tensors: dict[str, TensorAudit] = {}
-    tied: dict[str, str] = {}
-    digests: dict[bytes, str] = {}
+    owners: dict[str, str] = {}
+    sums: dict[str, Any] = {}
     for file in files:
-        for name, tensor in _read(folder / file):
-            if name in tensors or index.get(name, file) != file:
+        for name, shape, piece in _pieces(folder / file):
+            if index.get(name, file) != file or owners.setdefault(name, file) != file:
                 raise ValueError(f"{folder / file} holds {name!r}, which belongs to another file.")
-            tensors[name] = count_tensor(tensor)
-            if vocabulary is not None and tensor.dim() == 2 and len(tensor) == vocabulary:
-                first = digests.setdefault(_digest(tensor), name)
-                if first != name:
-                    tied[name] = first
+            found = replace(count_tensor(piece), shape=shape)
+            tensors[name] = tensors[name].joined(found) if name in tensors else found
+            if vocabulary is not None and len(shape) == 2 and shape[0] == vocabulary:
+                sums.setdefault(name, hashlib.sha256()).update(_bytes(piece))
+    tied: dict[str, str] = {}
+    firsts: dict[bytes, str] = {}
+    for name, digest in sums.items():
+        first = firsts.setdefault(digest.digest(), name)
+        if first != name:
+            tied[name] = first
     if missing := [name for name in index if name not in tensors]:
         raise ValueError(f"{folder} lacks {len(missing)} tensors of its index: {missing[:3]}.")
     targets = tuple(targets)
@@ -138,12 +159,12 @@ def audit(folder: str | Path, *, targets: Iterable[str] = ()) -> Audit:
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The weight files of `folder`, and which tensor the index says is where."""
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single.name], {}
     path = folder / INDEX
+    for single in (MODEL, *((ADAPTERS,) if not path.is_file() else ())):
+        if (folder / single).is_file():
+            return [single], {}
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has neither {single.name} nor {INDEX}.")
+        raise FileNotFoundError(f"{folder} has neither {MODEL}, {INDEX} nor {ADAPTERS}.")
     try:
         index = json.loads(path.read_text())["weight_map"]
         files = sorted(set(index.values()))
@@ -155,13 +176,37 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
     return files, index
 
 
-def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _pieces(path: Path) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Name, shape, and all values of each tensor of a file, those of a large one in several pieces.
+
+    Some 16 MB at a time come from one mapping of the file: its pages stay in memory until it is closed.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # it is no dict
-                yield name, file.get_tensor(name)
+            parts = [part for name in file.keys() for part in _parts(name, file.get_slice(name))]  # noqa: SIM118
+        while parts:
+            sizes = itertools.accumulate(size for *_, size in parts)
+            count = max(1, sum(size <= _AT_ONCE for size in itertools.islice(sizes, len(parts))))
+            with safe_open(path, framework="pt") as file:
+                for name, shape, rows, _ in parts[:count]:
+                    stored = file.get_slice(name)[rows] if shape else file.get_tensor(name)
+                    yield name, shape, stored
+            parts = parts[count:]
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): save the model again.") from error
+
+
+def _parts(name: str, stored: Any) -> Iterator[tuple[str, tuple[int, ...], slice, int]]:
+    """Name, shape, rows and bytes of pieces that are small enough where a tensor has small rows."""
+    shape = tuple(stored.get_shape())
+    bits = re.search(r"\d+", stored.get_dtype())  # BOOL has none
+    row = math.prod(shape[1:]) * (int(bits[0]) if bits else 8) // 8
+    step = max(1, _AT_ONCE // max(1, row))
+    for start in range(0, shape[0] if shape else 1, step):
+        rows = min(step, (shape[0] if shape else 1) - start)
+        yield name, shape, slice(start, start + rows), rows * row
+    if shape and not shape[0]:
+        yield name, shape, slice(0, 0), 0
 
 
 def count_tensor(tensor: Tensor) -> TensorAudit:
@@ -187,5 +232,5 @@ def _tied_vocabulary(folder: Path) -> int | None:
     return text.get("vocab_size") if text.get("tie_word_embeddings") else None
 
 
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).digest()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data

@@ -39,6 +39,25 @@ def test_the_files_are_counted_as_the_model(shards, tied, tmp_path):
     json.dumps(found.to_dict())
 
 
+@pytest.mark.parametrize("at_once", [1, 500, 5000])
+def test_in_pieces_it_is_the_same(at_once, tmp_path, monkeypatch):
+    model = tiny_llama(tie_word_embeddings=True)
+    prune(model, 0.75)
+    tensors = {"a.scalar": torch.tensor(0.0), "b.empty": torch.empty(0, 3), "c": torch.eye(7) > 0}
+    tensors |= model.state_dict() | {"z.half": torch.eye(9, dtype=torch.bfloat16)}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    whole = audit(tmp_path)
+    monkeypatch.setattr("hf_compress.publishing.audit._AT_ONCE", at_once)
+    assert audit(tmp_path) == whole
+    assert whole.tied
+    for name, tensor in tensors.items():
+        found = whole.tensors[name]
+        zeros = int((tensor == 0).sum())
+        assert (found.shape, found.zeros, found.bytes) == (tuple(tensor.shape), zeros, tensor.nbytes)
+
+
 def test_a_second_copy_of_a_tied_tensor_counts_once(tmp_path):
     model = tiny_llama(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
