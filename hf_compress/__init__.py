@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_compress.callbacks.family import FamilyCallback
     from hf_compress.callbacks.pruning import PruningCallback
     from hf_compress.callbacks.quantization import QuantizationCallback
+    from hf_compress.callbacks.report import ReportCallback
     from hf_compress.callbacks.rigl import RigLCallback
     from hf_compress.callbacks.structured import StructuredPruningCallback
     from hf_compress.constraint import constrain
@@ -57,6 +58,7 @@ _HOMES = {
     "PruningCallback": "hf_compress.callbacks.pruning",
     "PublishingMixin": "hf_compress.publishing.trainers",
     "QuantizationCallback": "hf_compress.callbacks.quantization",
+    "ReportCallback": "hf_compress.callbacks.report",
     "RigLCallback": "hf_compress.callbacks.rigl",
     "StructuredPruningCallback": "hf_compress.callbacks.structured",
     "analyse": "hf_compress.quantization.analysis",
@@ -97,6 +99,7 @@ __all__ = [
     "PruningCallback",
     "PublishingMixin",
     "QuantizationCallback",
+    "ReportCallback",
     "RigLCallback",
     "StructuredPruningCallback",
     "analyse",
