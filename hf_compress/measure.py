@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import hf_compress
 from hf_compress.devices import hardware
@@ -36,11 +37,15 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One model. None means not measured; metrics as the Trainer names them, without `eval_`."""
+    """One model. None means not measured; metrics as the Trainer names them, without `eval_`.
+
+    bytes: of the weight files. weight_bytes: of its weights and buffers in memory, after a forward.
+    """
 
     parameters: int
     nonzeros: int
     bytes: int
+    weight_bytes: int | None = None
     peak_memory_bytes: int | None = None
     latency: Latency | None = None
     metrics: dict[str, float]
@@ -86,6 +91,20 @@ def count_weights(model: nn.Module) -> Weights:
     )
 
 
+def bytes_in_memory(model: PreTrainedModel) -> int:
+    """Bytes of the parameters and buffers of `model` as they are now, and of the scales of those that
+    bitsandbytes has packed."""
+    total: int = model.get_memory_footprint()
+    for parameter in model.parameters():
+        state, scales = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
+        while state is not None:
+            kept = (state.absmax, state.code, getattr(state, "offset", None))
+            total += sum(tensor.nbytes for tensor in kept if tensor is not None)
+            state = state.state2
+        total += 0 if scales is None else scales.nbytes
+    return total
+
+
 def bytes_on_disk(folder: str | Path) -> int:
     """Bytes of the safetensors files in `folder`. Raises FileNotFoundError when there are none."""
     files = sorted(Path(folder).glob("*.safetensors"))
@@ -109,8 +128,12 @@ def highest():
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 folder, class_name, inputs = sys.argv[1:]
+kind = getattr(transformers, class_name)  # imports what it needs
+if sys.platform == "linux":
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the highest is from now on
 idle = highest()
-model = getattr(transformers, class_name).from_pretrained(folder).eval()
+model = kind.from_pretrained(folder).eval()
 device = own_device()
 if getattr(model, "quantization_method", None) is None:
     model.to(device)
@@ -149,7 +172,10 @@ def peak_memory(folder: str | Path, class_name: str, inputs: Mapping[str, Tensor
 
 def environment() -> dict[str, Any]:
     """The hardware and the versions that measurements hold for."""
-    packages = ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "peft")
+    packages = (
+        *("torch", "transformers", "accelerate", "safetensors", "datasets"),
+        *("bitsandbytes", "compressed-tensors", "torchao", "peft"),
+    )
     return {
         **hardware(),
         "platform": platform.platform(),

@@ -21,7 +21,7 @@ def environment(url: str, home: Path, token: str | None = None, **more: str) -> 
         "NO_PROXY": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent))),
     }
     return known | ({"HF_TOKEN": token} if token else {}) | more
 
