@@ -24,7 +24,8 @@ from hf_compress.cli.errors import refusing
 from hf_compress.cli.rows import Evaluation, batches, load_rows
 from hf_compress.devices import own_device, same_hardware
 from hf_compress.measure import count_weights, environment
-from hf_compress.publishing.audit import audit
+from hf_compress.publishing.adapters import open_adapters
+from hf_compress.publishing.audit import ADAPTERS, audit
 from hf_compress.publishing.card import hub_id, in_words
 from hf_compress.publishing.card_claims import index_claims, indexed_scores, score_claims
 from hf_compress.publishing.claims import Claim, equal, file_claims, recovery_claims
@@ -72,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, help="evaluate on so many rows only, drawn at random")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument(
+        "--base", help="folder or repository of the base of adapters; by default what they name"
+    )
+    parser.add_argument(
         "--dense", help="folder or repository of the dense model, to check its scores too"
     )
     parser.add_argument("--latency", action="store_true", help="measure it again, on the same hardware")
@@ -102,17 +106,36 @@ def _report(folder: Path) -> dict[str, Any] | None:
     return report if "hf_compress" in report.get("environment", {}).get("versions", {}) else None
 
 
-def _load(folder: Path, class_name: str | None, *, floats: bool = False) -> PreTrainedModel:
-    """As its users load it, and on a GPU where there is one; with `floats` in place of integers to look
-    at them.
+def _load_published(
+    options: argparse.Namespace, folder: Path, report: Mapping[str, Any] | None
+) -> tuple[Any, Any]:
+    """The model as its users load it, and with floats in place of integers to look at them."""
+    class_name = report["class_name"] if report else None
+    if (folder / ADAPTERS).is_file() and report and report.get("adapters"):
+        kind = _class(class_name or "")
+        base = options.base or report["base_model"]["id"]
+        model = open_adapters(folder, kind, base, report["adapters"]["quantization"])
+        return model, model
+    model = _load(folder, class_name)
+    return model, _load(folder, class_name, floats=True) if _stands_for_floats(model) else model
 
-    Raises ValueError for a class that is not one of transformers: no code of a repository is run.
+
+def _class(name: str) -> Any:
+    """Raises ValueError for a class that is not one of transformers: no code of a repository is run."""
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(f"transformers has no {name!r}: only its own classes can be checked.")
+    return kind
+
+
+def _load(folder: Path, class_name: str | None, *, floats: bool = False) -> PreTrainedModel:
+    """On a GPU where there is one; with `floats` in place of integers.
+
+    Raises ValueError as `_class`.
     """
     config: Any = AutoConfig.from_pretrained(folder)
     names = [class_name] if class_name else config.architectures or [""]
-    kind = getattr(transformers, names[0], None)
-    if kind is None:
-        raise ValueError(f"transformers has no {names[0]!r}: only its own classes can be checked.")
+    kind = _class(names[0])
     settings: Any = getattr(config, "quantization_config", None) or {}
     model = reopen(folder, kind, settings.get("quant_method", "") if floats else "")
     if bits_of(model):
@@ -132,9 +155,7 @@ def _claims(
     folder: Path,
     report: Mapping[str, Any] | None,
 ) -> Iterator[Claim]:
-    class_name = report["class_name"] if report else None
-    model = _load(folder, class_name)
-    opened = _load(folder, class_name, floats=True) if _stands_for_floats(model) else model
+    model, opened = _load_published(options, folder, report)
     if report is None:
         indexed_scores(folder)  # there must be a card
         yield from _facts(folder, opened)

@@ -20,6 +20,7 @@ EFFICIENCY = {
     "parameters": ("parameters",),
     "non-zero parameters": ("nonzeros",),
     "bytes on disk": ("bytes",),
+    "weights in memory, bytes": ("weight_bytes",),
     "peak memory, bytes": ("peak_memory_bytes",),
     "latency, median, ms": ("latency", "median_ms"),
     "latency, 95th percentile, ms": ("latency", "p95_ms"),
@@ -35,7 +36,7 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(paper=paper_link, cell=_cell)
+    environment.filters.update(paper=paper_link, cell=_cell, python=repr)
     template = files("hf_compress.publishing") / "templates" / "model_card.md"
     report = _complete(report)
     body = environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -49,7 +50,7 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
         pruning=[m for m in report["recipe"]["methods"] if m.get("method") == "pruning"],
         settings=[_settings(method) for method in report["recipe"]["methods"]],
         skipped=_reasons(report["recipe"]["methods"]),
-        papers=_papers(report["recipe"]),
+        papers=_papers(report),
         evaluation=in_words(report["evaluation"]),
         ramped=any("sparsity" in row for row in report["history"]),
         pictures=list(pictures),
@@ -83,7 +84,7 @@ def front_matter(report: Mapping[str, Any]) -> ModelCardData:
         model_name=report["name"] if results else None,
         base_model=base["id"],
         language=report["language"],
-        library_name="transformers",
+        library_name="peft" if report["adapters"] else "transformers",
         pipeline_tag=report["pipeline_tag"],
         license=report["license"]["id"],
         license_name=report["license"]["name"],
@@ -141,7 +142,7 @@ def lookup(measurement: Mapping[str, Any] | None, path: tuple[str, ...]) -> Any:
     """The value at `path`, None where any part of it was not measured."""
     value: Any = measurement
     for key in path:
-        value = None if value is None else value[key]
+        value = None if value is None else value.get(key)
     return value
 
 
@@ -166,7 +167,11 @@ def paper_link(paper: str) -> str:
 
 def _complete(report: Mapping[str, Any]) -> dict[str, Any]:
     """With what reports of earlier versions do not tell."""
-    told = {"structure": {}, "language": None, "evaluation": None, **report}
+    told = {
+        **{"structure": {}, "language": None, "evaluation": None},
+        **{"adapters": None, "image_processor": False},
+        **report,
+    }
     for part, later in (("dataset", "revision"), ("license", "link"), ("base_model", "revision")):
         told[part] = {later: None, **told[part]}
     return told
@@ -246,12 +251,18 @@ def _settings(method: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reasons(methods: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    reasons = Counter(reason for method in methods for reason in method.get("skipped", {}).values())
+    methods = list(methods)
+    compressed = {
+        n for method in methods for part in ("weights", "quantized") for n in method.get(part, ())
+    }
+    skipped = {n: reason for m in methods for n, reason in m.get("skipped", {}).items()}
+    reasons = Counter(reason for name, reason in skipped.items() if name not in compressed)
     return dict(reasons.most_common())
 
 
-def _papers(recipe: Mapping[str, Any]) -> dict[str, list[str]]:
+def _papers(report: Mapping[str, Any]) -> dict[str, list[str]]:
     """What each paper was used for, by the paper."""
+    recipe = report["recipe"]
     papers: dict[str, list[str]] = {}
     for method in recipe["methods"]:
         if method.get("paper"):
@@ -259,6 +270,12 @@ def _papers(recipe: Mapping[str, Any]) -> dict[str, list[str]]:
             papers.setdefault(method["paper"], []).append(name)
     if recipe["distillation"]:
         papers.setdefault(recipe["distillation"]["paper"], []).append("distillation")
+    adapters, bits = report["adapters"], report["quantized"]
+    if adapters and adapters["peft_type"] == "LORA":
+        papers.setdefault("arXiv:2106.09685", []).append("adapters")
+    if bits:
+        paper = "arXiv:2305.14314" if bits == 4 else "arXiv:2208.07339"
+        papers.setdefault(paper, []).append(f"{bits} bit")
     return papers
 
 
@@ -268,6 +285,8 @@ def _tags(report: Mapping[str, Any]) -> list[str]:
         tags += ["pruned", "sparse"]
     if report["recipe"]["distillation"]:
         tags.append("knowledge-distillation")
+    if report["adapters"]:
+        tags += ["adapter", report["adapters"]["peft_type"].lower()]
     if report["quantized"]:
         tags += ["quantized", "bitsandbytes", f"{report['quantized']}-bit"]
     if integers := report["integers"]:

@@ -49,7 +49,7 @@ def file_claims(report: Mapping[str, Any], folder: Path, model: PreTrainedModel)
     """
     found = _audit(report, folder, model)
     packed = bits_of(model)
-    counts = count_weights(model) if packed else found
+    counts = count_weights(model) if packed or report.get("adapters") else found
     compressed, audited = report["compressed"], report["audit"]
     yield equal("bytes on disk", compressed["bytes"], found.file_bytes)
     yield equal("parameters", compressed["parameters"], counts.parameters)
@@ -59,6 +59,8 @@ def file_claims(report: Mapping[str, Any], folder: Path, model: PreTrainedModel)
     yield equal("second copies of tied tensors", audited["tied"], found.tied)
     if report["quantized"] or packed:
         yield equal("bits of the packed weights", report["quantized"], packed)
+    if adapters := report.get("adapters"):
+        yield equal("parameters of the adapters", adapters["parameters"], found.parameters)
     yield from _tensors(audited["tensors"], found)
     yield from _pruned(report["recipe"]["methods"], found, model, set(_widths(report)))
     if report["integers"]:

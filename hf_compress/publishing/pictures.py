@@ -125,6 +125,8 @@ def draw_trade(report: Mapping[str, Any], path: str | Path) -> bool:
     metric, sides = report["metric"], [report["dense"], report["compressed"]]
     if any(side is None or metric not in side["metrics"] for side in sides):
         return False
+    if report["adapters"]:  # of whose size most is the base's, which lies elsewhere
+        return False
     figure = new_figure(7, 3.5)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, label in (
@@ -152,7 +154,8 @@ def draw_codes(counts: Mapping[int, int], path: str | Path) -> bool:
     axes = figure.add_subplot()
     total = sum(counts.values())
     axes.bar(list(counts), [count / total for count in counts.values()], width=0.9, color="tab:blue")
-    axes.set(xlabel="integer code", ylabel="fraction of the quantized weights")
+    # Of pruned weights most are zero, and all others would be flat beside that.
+    axes.set(xlabel="integer code", ylabel="fraction of the quantized weights", yscale="log")
     figure.savefig(path)
     return True
 

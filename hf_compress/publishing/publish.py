@@ -8,30 +8,29 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modelcard import TASK_MAPPING
 
-from hf_compress.latency import compare_latency
-from hf_compress.measure import (
-    CompressionReport,
-    Measurement,
-    count_weights,
-    environment,
-    peak_memory,
+from hf_compress.measure import CompressionReport
+from hf_compress.publishing.adapters import (
+    check_adapters,
+    describe_adapters,
+    is_adapted,
+    save_adapters,
 )
 from hf_compress.publishing.audit import Audit, audit
 from hf_compress.publishing.card import hub_id, render
 from hf_compress.publishing.destination import Destination
 from hf_compress.publishing.differences import float_weights, structure_of
-from hf_compress.publishing.evaluation import accepted_by_all, first_batch, rows, trainer_scores
+from hf_compress.publishing.evaluation import first_batch, rows, trainer_scores
 from hf_compress.publishing.folder import check_target, move_into_place, on_main_process, workplace
 from hf_compress.publishing.integers import inspect_integers
+from hf_compress.publishing.measuring import measure
 from hf_compress.publishing.metadata import check_license
 from hf_compress.publishing.naming import cached_revision, written_as
 from hf_compress.publishing.pictures import draw_all
@@ -47,6 +46,7 @@ from hf_compress.publishing.recipe import (
 )
 from hf_compress.publishing.validate import validate
 from hf_compress.quantization.export import save_quantized
+from hf_compress.targets import without_adapters
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class _Labels:
 
     name: str
     base_model: str | None
+    baseline_name: str | None
     dataset: str | None
     split: str | None
     metric: str | None
@@ -77,6 +78,7 @@ def publish(
     create_pr: bool = False,
     token: str | None = None,
     baseline: PreTrainedModel | None = None,
+    baseline_name: str | None = None,
     evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     processing_class: Any = None,
@@ -99,7 +101,8 @@ def publish(
     Every number comes from measurements made here, and from the written files, opened again. The
     callbacks, the arguments and the teacher of a trainer tell how the model was made.
 
-    source: a Trainer after training, or a model.
+    source: a Trainer after training, or a model: of transformers, packed by bitsandbytes too, or one
+        under adapters of PEFT, of which only these are written.
     repo_id: "org/name" or "name" on the Hub, and the name in the card; by default that of `folder`,
         and then nothing is sent.
     folder: by default the name of the model, in the working directory. What it holds can be sent again
@@ -108,10 +111,12 @@ def publish(
     private, revision, create_pr, token: see `hf_compress.publishing.destination.Destination`.
     baseline: the dense model, measured in the same way; by default the teacher of a distilling
         trainer. It is moved to the trainer's device.
+    baseline_name: what the card calls it, such as how it was trained.
     evaluate: function of a model to its scores by name; by default what the trainer evaluates.
     inputs: batch to time one forward pass of; by default the first of the trainer's eval dataset.
     processing_class: tokenizer or processor to save; by default the trainer's.
-    base_model: hub id of the model it began with; by default the name in the config.
+    base_model: hub id of the model it began with; by default the name in the config. Adapters need it
+        where their base is a folder, since others load that by its name.
     dataset, dataset_revision, split: what was evaluated on, for the card.
     evaluation: how its rows were made, as the fields of `hf_compress.cli.rows.Evaluation`, so that
         `hf-compress verify` can make them again.
@@ -144,6 +149,8 @@ def publish(
     model = source if trainer is None else trainer.accelerator.unwrap_model(trainer.model)
     baseline = baseline if baseline is not None else teacher_of(trainer)
     _check(trainer, model, baseline, repo_id)
+    base_model = base_model or hub_id(without_adapters(model).config.name_or_path or None)
+    check_adapters(model, base_model)
     check_license(license, license_name, license_link)
     grids = grids_of(trainer)
     if format != "dense" and not grids:
@@ -172,6 +179,7 @@ def publish(
         labels = _Labels(
             to.repo_id if to else repo_id or folder.name,
             base_model,
+            baseline_name,
             dataset,
             split,
             metric,
@@ -185,7 +193,9 @@ def publish(
 
         def write() -> None:
             place = workplace(folder)
-            if grids:
+            if is_adapted(model):
+                save_adapters(model, place, str(base_model))
+            elif grids:
                 save_quantized(model, place, grids=grids, input_grids=input_grids, format=format)
             else:
                 model.save_pretrained(place)
@@ -210,9 +220,11 @@ def publish(
             report = _report(labels, trainer, model, baseline, recipe, found, format) | {
                 "integers": integers,
                 "tokenizer": isinstance(processing_class, PreTrainedTokenizerBase),
+                "image_processor": isinstance(processing_class, BaseImageProcessor),
+                "adapters": describe_adapters(model, found),
                 "history": history,
             }
-            measured = _measure(place, found, model, baseline, scores, inputs, memory)
+            measured = measure(place, found, model, baseline, scores, inputs, memory)
             compressed = list(dict.fromkeys([*recipe.weights, *recipe.grids]))
             weights = [float_weights(each, compressed) for each in (baseline, model)]
             _write(place, report | _results(measured, metric), weights)
@@ -233,64 +245,15 @@ def _check(trainer: Any, model: Any, baseline: Any, repo_id: str | None) -> None
         raise NotImplementedError(
             "The model is sharded: trainer.save_model(), and publish what `from_pretrained` loads."
         )
-    for role, given in (("source", model), ("baseline", baseline)):
+    for role, given in (("source", without_adapters(model)), ("baseline", baseline)):
         if given is not None and not isinstance(given, PreTrainedModel):
             raise TypeError(
                 f"`{role}` must be a Transformers model, or a Trainer of one, got "
-                f"{type(given).__name__}. Merge adapters first: model.merge_and_unload()."
+                f"{type(given).__name__}."
             )
     if baseline is model:
         raise ValueError("`baseline` is the compressed model itself: pass the dense one.")
     validate_repo_id(repo_id)
-
-
-def _measure(
-    place: Path,
-    found: Audit,
-    model: PreTrainedModel,
-    baseline: PreTrainedModel | None,
-    scores: Mapping[str, dict[str, float]],
-    inputs: Mapping[str, Tensor] | None,
-    memory: bool,
-) -> CompressionReport:
-    """Both models in one run; the compressed one as it loads from `place`."""
-    models = {"compressed": _reopen(place, model)}
-    if baseline is not None:
-        models["dense"] = baseline
-    batch = accepted_by_all(models.values(), inputs or {})
-    latency = compare_latency(models, batch) if batch else {}
-
-    def measurement(side: str, folder: Path, files: Audit) -> Measurement:
-        packed = bits_of(models[side]) is not None
-        counts = count_weights(models[side]) if packed else files
-        name = type(models[side]).__name__
-        return Measurement(
-            parameters=counts.parameters,
-            nonzeros=counts.nonzeros,
-            bytes=files.file_bytes,
-            peak_memory_bytes=peak_memory(folder, name, batch) if memory and batch else None,
-            latency=latency.get(side),
-            metrics=scores[side],
-        )
-
-    dense = None
-    if baseline is not None:
-        # On the same disk, where there is room for a model.
-        with TemporaryDirectory(dir=place.parent, prefix=".") as folder:
-            baseline.save_pretrained(folder)
-            dense = measurement("dense", Path(folder), audit(folder))
-    return CompressionReport(
-        compressed=measurement("compressed", place, found), dense=dense, environment=environment()
-    )
-
-
-def _reopen(place: Path, model: PreTrainedModel) -> PreTrainedModel:
-    reopened: Any = type(model).from_pretrained(place)
-    if bits_of(model) is None:
-        return reopened.to(model.device)
-    from hf_compress.quantization.bnb import guard_cpu_kernels_
-
-    return guard_cpu_kernels_(reopened)
 
 
 def _report(
@@ -302,8 +265,9 @@ def _report(
     found: Audit,
     format: str,
 ) -> dict[str, Any]:
-    class_name = type(model).__name__
-    base = labels.base_model or model.config.name_or_path or None
+    own = without_adapters(model)
+    class_name = type(own).__name__
+    base = labels.base_model or own.config.name_or_path or None
     return {
         "name": labels.name,
         "class_name": class_name,
@@ -313,7 +277,7 @@ def _report(
             "name": hub_id(base) or (base and Path(base).name),
             "revision": cached_revision(hub_id(base)),
         },
-        "relation": "finetune" if bits_of(model) is None and format == "dense" else "quantized",
+        "relation": _relation(model, format),
         "quantized": bits_of(model),
         "license": {"id": labels.license, "name": labels.license_name, "link": labels.license_link},
         "language": labels.language,
@@ -324,9 +288,9 @@ def _report(
             "rows": rows(trainer),
         },
         "evaluation": labels.evaluation and dict(labels.evaluation),
-        "structure": structure_of(model, baseline),
-        "chance": _chance(model),
-        "dense_name": None if baseline is None else _describe(baseline, trainer),
+        "structure": structure_of(own, baseline),
+        "chance": _chance(own),
+        "dense_name": baseline and (labels.baseline_name or _describe(baseline, trainer)),
         "audit": found.to_dict(),
         "recipe": asdict(recipe),
     }
@@ -339,6 +303,12 @@ def _results(measured: CompressionReport, metric: str | None) -> dict[str, Any]:
         "metric": metric or next((name for name in scores if "loss" not in name), None),
         "recovery": {name: value for name, value in recovery.items() if value is not None},
     }
+
+
+def _relation(model: Any, format: str) -> str:
+    if is_adapted(model):
+        return "adapter"
+    return "finetune" if bits_of(model) is None and format == "dense" else "quantized"
 
 
 def _describe(baseline: PreTrainedModel, trainer: Any) -> str:

@@ -1,12 +1,14 @@
 """From a published folder to a Hub, by the real client: one commit, and only what belongs there."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hub.server import OWNER, STRANGER
+from hub.client import environment
+from hub.server import OWNER, STRANGER, Hub
 from publishing.runs import IDS, read
 
 from hf_compress.publishing.push import published_files
@@ -168,6 +170,18 @@ def test_a_folder_that_is_not_as_it_was_published_is_not_sent(change, message, h
         push(client, folder, "me/damaged", token=STRANGER)
     assert not hub.requests("commit")
     assert not hub.requests("create")
+
+
+def test_a_client_with_xet_pushes_what_travels_in_the_commit(folder, tmp_path):
+    with Hub(tmp_path / "hub", only_regular=True) as hub:
+        code = f"folder, repo, options = {str(folder)!r}, 'me/tiny-sparse80', {{}}\n{PUSH}"
+        env = environment(hub.url, tmp_path / "home", OWNER)
+        del env["HF_HUB_DISABLE_XET"]
+        subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
+        assert hub.requests("upload") == []
+        assert len(hub.requests("commit")) == 1
+        for name in published_files(folder):
+            assert hub.store.read("me/tiny-sparse80", name) == (folder / name).read_bytes()
 
 
 def test_publish_does_it_in_one_call_and_a_bare_name_is_the_users(hub, client):

@@ -87,7 +87,7 @@ BREAKS = {
         "| temperature | 3.0 |",
         "is not what the report says: '| temp",
     ),
-    "hardware": (" threads, ", "0 threads, ", "is not what the report says: 'Latency is"),
+    "hardware": (" passes, input", "0 passes, input", "is not what the report says: 'Latency is"),
     "a claim of one's own": (
         "## Limits",
         "It is 9 times faster.\n",
