@@ -1,6 +1,6 @@
 import pytest
 
-from hf_compress.samples import corpus, minilm
+from hf_compress.samples import corpus, minilm, packaged_model
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,25 @@ def test_the_model_is_the_one_it_says():
 
     config = AutoConfig.from_pretrained(minilm())
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("bert", 6, 384)
+
+
+def test_tales_of_one_author_for_training_and_of_another_for_the_test():
+    data = corpus("tales")
+    assert (len(data["train"]), len(data["test"])) == (670, 89)
+    assert data["test"][0]["text"].startswith("It was terribly cold and nearly dark")
+    assert max(len(text.split()) for text in data["train"]["text"]) == 120
+
+
+def test_digits():
+    data = corpus("digits")
+    assert (len(data["train"]), len(data["test"])) == (1437, 360)
+    assert data["train"][0]["image"].size == (8, 8)
+    assert sorted(set(data["test"]["label"])) == list(range(10))
+    brightest = max(image.getextrema()[1] for image in data["test"]["image"])
+    assert brightest == 255
+
+
+def test_a_packaged_model_by_its_name():
+    assert packaged_model("all-minilm-l6-v2") == minilm()
+    with pytest.raises(ValueError, match="smollm2-135m-instruct"):
+        packaged_model("smollm")

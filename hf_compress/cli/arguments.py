@@ -5,25 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hf_compress.samples import CORPORA, MODELS, packaged_model
+
 
 @dataclass(kw_only=True)
 class DataArguments:
     """Model and data, of every command."""
 
-    model: str = field(metadata={"help": "Path or hub id of the model to compress."})
+    model: str = field(
+        metadata={
+            "help": "Path or hub id of the model to compress, or the name of a packaged one: "
+            f"{', '.join(MODELS)}."
+        }
+    )
     dataset: str | None = field(
         default=None,
         metadata={
             "help": "Hub id, a folder written by save_to_disk, a csv/json/parquet file, or the name of "
-            "a packaged corpus: reuters-r8, reuters-r52, 20newsgroups."
+            f"a packaged corpus: {', '.join(CORPORA)}."
         },
     )
-    task: Literal["text-classification", "causal-lm"] = "text-classification"
+    task: Literal["text-classification", "image-classification", "causal-lm"] = "text-classification"
     dataset_config: str | None = None
     train_split: str = "train"
     text_column: str = "text"
+    image_column: str = "image"
     label_column: str = "label"
     max_length: int = field(default=128, metadata={"help": "Tokens for each row; longer ones are cut."})
+
+    def __post_init__(self) -> None:
+        if self.model in MODELS:
+            self.model = packaged_model(self.model)
+
+    @property
+    def input_column(self) -> str:
+        """Of what the model reads."""
+        return self.image_column if self.task == "image-classification" else self.text_column
 
 
 @dataclass(kw_only=True)
@@ -78,20 +95,71 @@ class MethodArguments:
 
 
 @dataclass(kw_only=True)
-class CompressArguments(MethodArguments, DataArguments):
+class QuantizationArguments:
+    """Few bits: trained on an integer grid, or as a frozen base of trained adapters."""
+
+    bits: int | None = field(
+        default=None,
+        metadata={"help": "Train on an integer grid of so many bits (QuantizationCallback), 2 to 8."},
+    )
+    group_size: int | None = field(
+        default=None, metadata={"help": "bits: weights that share a scale; by default a whole row."}
+    )
+    grid: str | None = field(default=None, metadata={"help": "bits: mse (the default), absmax, ..."})
+    format: str = field(
+        default="dense",
+        metadata={"help": "bits: how they are stored, dense (floats), compressed-tensors or torchao."},
+    )
+    load_bits: int | None = field(
+        default=None,
+        metadata={"help": "Load `model` in 4 or 8 bit by bitsandbytes, and train LoRA adapters on it."},
+    )
+    lora_rank: int = field(default=16, metadata={"help": "load_bits: rank of the adapters."})
+
+
+@dataclass(kw_only=True)
+class CardArguments:
+    """What only the user can tell of the model."""
+
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of `model`, where that is a folder."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Of the Hub's identifiers: mit, ..."})
+    language: str | None = field(default=None, metadata={"help": "ISO 639 code, such as en."})
+    measure_memory: bool = field(
+        default=False, metadata={"help": "The peak memory of both models too, not of adapters."}
+    )
+
+
+@dataclass(kw_only=True)
+class CompressArguments(CardArguments, QuantizationArguments, MethodArguments, DataArguments):
     """Model, data and method. Training settings (learning rate, epochs, ...) are those of
     `TrainingArguments`, `temperature` and `alpha` those of `DistillationArguments`."""
 
     eval_split: str = "test"
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
+    dense_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "First fine-tune `model` itself, for so many epochs: that is then the model to "
+            "compress and the dense one of the card. Needed by a folder with a config and no weights."
+        },
+    )
     teacher: str | None = field(
-        default=None, metadata={"help": 'Path, hub id or "self"; none without it.'}
+        default=None,
+        metadata={
+            "help": 'Path, hub id, "self", or "dense": what `dense_epochs` made; none without it.'
+        },
     )
     teacher_bits: int | None = field(default=None, metadata={"help": "8 or 4."})
     student_layers: int | None = field(
         default=None, metadata={"help": "Train a student of so many layers of `model`."}
     )
+
+    def __post_init__(self) -> None:
+        self.base_model = self.base_model or MODELS.get(self.model)
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_compress.calibration.batches import Batch
 from hf_compress.cli.arguments import CalibrationArguments
-from hf_compress.cli.compress import check_folder
+from hf_compress.cli.checks import check_folder
 from hf_compress.cli.data import bare_name, label_names, load_shuffled, load_tokenizer, tokenized
 from hf_compress.measure import environment
 from hf_compress.publishing.audit import Audit
@@ -39,6 +39,8 @@ def check(arguments: CalibrationArguments, reads: Reads) -> None:
     were launched."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this command is one process, which uses all GPUs: launch only one.")
+    if arguments.task == "image-classification":
+        raise ValueError("this command reads texts: pass a `task` of text.")
     for name in ("rows", "batch_size", "max_length"):
         if vars(arguments)[name] < 1:
             raise ValueError(f"`{name}` is {vars(arguments)[name]}: pass 1 or more.")

@@ -1,4 +1,4 @@
-"""From a name to tokenized splits, for text classification and causal language modelling."""
+"""From a name to splits of what a model reads: tokens, or the pixels of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from hf_compress.cli.arguments import CompressArguments, DataArguments
 from hf_compress.samples import CORPORA, corpus
@@ -22,7 +28,7 @@ def load_splits(arguments: CompressArguments) -> tuple[Dataset, Dataset, str]:
     Raises ValueError for a split or column that is not there, and for an empty split.
     """
     data = load_all(arguments)
-    classify = arguments.task == "text-classification"
+    classify = arguments.task != "causal-lm"
     train = _train_split(data, arguments, labelled=classify)
     if arguments.eval_split in data:
         test, name = data[arguments.eval_split], arguments.eval_split
@@ -85,6 +91,33 @@ def tokenized(
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
+def with_pixels(
+    rows: Dataset, processor: BaseImageProcessor, arguments: DataArguments, names: list[str]
+) -> Dataset:
+    """Rows of `pixel_values`, as tensors; `labels` are indices into `names`."""
+    image, label = arguments.image_column, arguments.label_column
+    classes = rows.features[label]
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        values = batch[label]
+        if isinstance(classes, ClassLabel):
+            values = classes.int2str(values)
+        pixels = processor(batch[image], return_tensors="np")["pixel_values"]
+        return {"pixel_values": pixels, "labels": [names.index(str(value)) for value in values]}
+
+    made = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Reading images")
+    return made.with_format("torch")
+
+
+def load_image_processor(model: str) -> BaseImageProcessor:
+    """That of the model. Raises ValueError where there is none."""
+    try:
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`model` {model!r} has no image processor: {error}") from error
+    return processor
+
+
 def load_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase:
     """That of the model. Raises ValueError where there is none, and for a `max_length` that the model
     or its tokenizer is not made for."""
@@ -136,10 +169,10 @@ def _train_split(data: DatasetDict, arguments: DataArguments, *, labelled: bool)
     if arguments.train_split not in data:
         raise ValueError(f"{arguments.dataset} has no split {arguments.train_split!r}: {sorted(data)}.")
     train = data[arguments.train_split]
-    for column in [arguments.text_column, arguments.label_column][: 1 + labelled]:
+    for column in [arguments.input_column, arguments.label_column][: 1 + labelled]:
         if column not in train.column_names:
             raise ValueError(
                 f"{arguments.dataset} has no column {column!r}, only {train.column_names}: name it by "
-                "`text_column` and `label_column`."
+                "`text_column`, `image_column` and `label_column`."
             )
     return train

@@ -1,4 +1,4 @@
-"""From the arguments of `compress` to the callback that they describe."""
+"""From the arguments of `compress` to the callbacks that they describe."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 
 from hf_compress.callbacks.masking import MaskingCallback
 from hf_compress.callbacks.pruning import PruningCallback
+from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.callbacks.rigl import RigLCallback
 from hf_compress.cli.arguments import CompressArguments, MethodArguments
 from hf_compress.distillation.arguments import DistillationArguments
@@ -23,6 +24,40 @@ METHODS: dict[str, Callable[..., MaskingCallback]] = {
 }
 
 
+def check_methods(arguments: CompressArguments) -> None:
+    """Raises ValueError for settings that do not go together, or lack what they are for."""
+    few_bits = arguments.bits is not None
+    if arguments.teacher is None and arguments.teacher_bits is not None:
+        raise ValueError("`teacher_bits` is there, but no `teacher`: pass both or neither.")
+    if arguments.teacher == "dense" and arguments.dense_epochs is None:
+        raise ValueError("`teacher` is 'dense', but no `dense_epochs` make it: pass both.")
+    for name, default in (("group_size", None), ("grid", None), ("format", "dense")):
+        if vars(arguments)[name] != default and not few_bits:
+            raise ValueError(f"`{name}` is there, but no `bits`: pass both or neither.")
+    if arguments.load_bits is None:
+        return
+    for name in ("bits", "sparsity", "method", "pattern", "student_layers"):
+        if vars(arguments)[name] is not None:
+            raise ValueError(
+                f"`load_bits` freezes the model, so that `{name}` has nothing to train: choose one."
+            )
+    if arguments.task == "image-classification":
+        raise ValueError("`load_bits` is for tasks of text; for images pass `bits`.")
+
+
+def quantization_callback(arguments: CompressArguments) -> QuantizationCallback | None:
+    """The callback of `bits`; None without them. Raises ValueError for what it refuses."""
+    if arguments.bits is None:
+        return None
+    return QuantizationCallback(
+        arguments.bits,
+        group_size=arguments.group_size,
+        grid=arguments.grid or "mse",
+        targets=arguments.targets,
+        ignore=arguments.ignore,
+    )
+
+
 def pruning_callback(
     arguments: CompressArguments, training: DistillationArguments
 ) -> MaskingCallback | None:
@@ -33,7 +68,8 @@ def pruning_callback(
     """
     names = [f.name for f in fields(MethodArguments) if f.name != "method"]
     given = {name: vars(arguments)[name] for name in names if vars(arguments)[name] is not None}
-    if arguments.method is None and not given:
+    of_both = {"targets", "ignore"} if arguments.bits is not None else set()
+    if arguments.method is None and given.keys() <= of_both:
         return None
     method = arguments.method or "gradual"
     takes = inspect.signature(METHODS[method]).parameters
@@ -85,7 +121,7 @@ def _check_watched(drop: Drop, arguments: CompressArguments, training: Distillat
             "'steps' or 'epoch'."
         )
     metrics = ["eval_loss"]
-    if arguments.task == "text-classification":
+    if arguments.task != "causal-lm":
         metrics.append("eval_accuracy")
     if arguments.teacher is not None:
         metrics += ["eval_loss_task", "eval_loss_kd", "eval_agreement"]

@@ -17,8 +17,13 @@ from hf_compress.publishing.card import caution, lookup
 from hf_compress.publishing.folder import on_main_process
 from hf_compress.publishing.publish import publish
 
-TIMED = 16  # rows of the batch whose latency is measured
-METRICS = {"text-classification": "accuracy", "causal-lm": "perplexity"}
+# Rows of the batch whose latency is measured; a language model mostly answers one.
+TIMED = {"text-classification": 16, "image-classification": 16, "causal-lm": 1}
+METRICS = {
+    "text-classification": "accuracy",
+    "image-classification": "accuracy",
+    "causal-lm": "perplexity",
+}
 
 
 def publish_run(
@@ -28,7 +33,7 @@ def publish_run(
     *,
     split: str,
     baseline: PreTrainedModel | None = None,
-    base_model: str | None = None,
+    baseline_name: str | None = None,
 ) -> None:
     """`publish` with what the arguments tell. On several ranks call it on each."""
     how = Evaluation.of(arguments, split=split, batch_size=trainer.args.eval_batch_size)
@@ -36,8 +41,13 @@ def publish_run(
         trainer,
         folder=folder,
         baseline=baseline,
-        inputs=_timed(trainer),
-        base_model=base_model,
+        baseline_name=baseline_name,
+        memory=arguments.measure_memory,
+        inputs=_timed(trainer, TIMED[arguments.task]),
+        base_model=arguments.base_model,
+        license=arguments.license,
+        language=arguments.language,
+        format=arguments.format,
         dataset=bare_name(arguments.dataset),
         split=split,
         evaluation=asdict(how),
@@ -52,6 +62,7 @@ def publish_into(
     *,
     split: str,
     baseline: PreTrainedModel | None,
+    baseline_name: str | None = None,
 ) -> None:
     """`publish_run` to a folder that has other files of the training too; prints the table once."""
     output = output.absolute()
@@ -65,7 +76,14 @@ def publish_into(
         print_table(output, "dense", "compressed")
         print(f"model, card and report are in {output}")
 
-    publish_run(trainer, arguments, folder, split=split, baseline=baseline)
+    publish_run(
+        trainer,
+        arguments,
+        folder,
+        split=split,
+        baseline=baseline,
+        baseline_name=baseline_name,
+    )
     on_main_process(move_up)
 
 
@@ -92,7 +110,7 @@ def print_table(folder: Path, dense: str, compressed: str) -> None:
         print(sentence)
 
 
-def _timed(trainer: Trainer) -> dict[str, Tensor]:
+def _timed(trainer: Trainer, rows: int) -> dict[str, Tensor]:
     data: Any = trainer.eval_dataset
-    batch = trainer.data_collator([data[place] for place in range(min(TIMED, len(data)))])
+    batch = trainer.data_collator([data[place] for place in range(min(rows, len(data)))])
     return {name: tensor for name, tensor in batch.items() if name != "labels"}

@@ -19,14 +19,14 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, set_se
 
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.cli.arguments import CompressArguments
-from hf_compress.cli.compress import check_folder, compute_accuracy, load_model
+from hf_compress.cli.checks import check_folder
 from hf_compress.cli.data import label_names, load_splits, tokenized
 from hf_compress.cli.errors import refusing
 from hf_compress.cli.published import print_table, publish_run
+from hf_compress.cli.tasks import compute_accuracy, load_model
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.layers import init_student
 from hf_compress.distillation.trainer import DistillationTrainer
-from hf_compress.samples import minilm
 
 LENGTH = 40
 BATCH = 32
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         # Refuses a wrong sparsity now rather than after the teacher is trained.
         pruning = PruningCallback(options.sparsity)
         arguments = CompressArguments(
-            model=minilm(),
+            model="all-minilm-l6-v2",
             dataset="reuters-r8",
             max_length=LENGTH,
             max_train_rows=options.rows,
@@ -104,7 +104,6 @@ def main(argv: list[str]) -> None:
         student,
         split=split,
         baseline=teacher,
-        base_model="sentence-transformers/all-MiniLM-L6-v2",
     )
     print_table(student, "teacher", "student")
     reloaded = evaluate_as_a_stranger(student, test)

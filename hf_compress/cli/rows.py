@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,7 +19,15 @@ from transformers import (
 )
 
 from hf_compress.cli.arguments import CompressArguments, DataArguments
-from hf_compress.cli.data import first_rows, held_out, load_all, tokenized
+from hf_compress.cli.data import (
+    first_rows,
+    held_out,
+    load_all,
+    load_image_processor,
+    tokenized,
+    with_pixels,
+)
+from hf_compress.cli.tasks import language_collator
 from hf_compress.publishing.scores import task_of
 
 
@@ -29,7 +36,8 @@ class Evaluation:
     """How rows were made for an evaluation: what `report.json` keeps so that it can be done again.
 
     split: name of the split; with `tenth_of` no split, but a tenth of the one of that name; None for
-        the only one, or "test" or "validation". text_column, label_column: of raw rows.
+        the only one, or "test" or "validation". text_column, image_column, label_column: of raw rows;
+        None for what the model does not read.
     max_length: tokens of a row; None for as many as the model takes. rows: so many of them at random,
         None for all. batch_size: rows of a batch, on which Trainer's mean of the loss depends.
     """
@@ -37,8 +45,9 @@ class Evaluation:
     split: str | None = None
     tenth_of: str | None = None
     dataset_config: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
+    text_column: str | None = "text"
+    image_column: str | None = None
+    label_column: str | None = "label"
     max_length: int | None = None
     rows: int | None = None
     batch_size: int = 32
@@ -47,13 +56,15 @@ class Evaluation:
     def of(cls, arguments: CompressArguments, *, split: str, batch_size: int) -> Evaluation:
         """Of a command. split: what `load_splits` calls it."""
         there = split == arguments.eval_split
+        sees = arguments.task == "image-classification"
         return cls(
             split=split if there else None,
             tenth_of=None if there else arguments.train_split,
             dataset_config=arguments.dataset_config,
-            text_column=arguments.text_column,
-            label_column=arguments.label_column,
-            max_length=arguments.max_length,
+            text_column=None if sees else arguments.text_column,
+            image_column=arguments.image_column if sees else None,
+            label_column=None if arguments.task == "causal-lm" else arguments.label_column,
+            max_length=None if sees else arguments.max_length,
             rows=arguments.max_eval_rows,
             batch_size=batch_size,
         )
@@ -79,19 +90,24 @@ def load_rows(model: PreTrainedModel, folder: Path, data: str, how: Evaluation) 
     rows = first_rows(rows, how.rows)
     if model.main_input_name in rows.column_names:
         return rows
-    tokenizer = load_folder_tokenizer(folder)
-    if tokenizer is None:
+    arguments.text_column = how.text_column or arguments.text_column
+    arguments.image_column = how.image_column or arguments.image_column
+    arguments.label_column = how.label_column or arguments.label_column
+    causal, sees = task_of(model) == "tokens", model.main_input_name == "pixel_values"
+    tokenizer = None if sees else load_folder_tokenizer(folder)
+    if tokenizer is None and not sees:
         raise ValueError(
             f"{data} has no column {model.main_input_name!r}, and the model no tokenizer: pass rows of "
             "what the model takes."
         )
-    causal = task_of(model) == "tokens"
-    for column in [how.text_column] if causal else [how.text_column, how.label_column]:
-        if column not in rows.column_names:
-            raise ValueError(f"{data} has no column {column!r}, only {rows.column_names}.")
-    arguments.text_column, arguments.label_column = how.text_column, how.label_column
+    column = arguments.image_column if sees else arguments.text_column
+    for name in [column] if causal else [column, arguments.label_column]:
+        if name not in rows.column_names:
+            raise ValueError(f"{data} has no column {name!r}, only {rows.column_names}.")
+    names = None if causal else _class_names(rows, arguments.label_column, model)
+    if tokenizer is None:
+        return with_pixels(rows, load_image_processor(str(folder)), arguments, names or [])
     arguments.max_length = how.max_length or _longest(model, tokenizer)
-    names = None if causal else _class_names(rows, how.label_column, model)
     return tokenized(rows, tokenizer, arguments, names)
 
 
@@ -102,9 +118,7 @@ def batches(rows: Dataset, folder: Path, batch_size: int) -> Iterator[dict[str, 
     collate: Any = default_data_collator
     if tokenizer is not None and "input_ids" in rows.column_names:
         if not labelled:
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+            collate = language_collator(tokenizer)
         elif not isinstance(rows[0]["labels" if "labels" in rows.column_names else "label"], list):
             collate = DataCollatorWithPadding(tokenizer)
     yield from DataLoader(rows, batch_size=batch_size, collate_fn=collate)
