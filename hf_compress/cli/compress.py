@@ -19,6 +19,7 @@ from hf_compress.cli.tasks import Data, is_untrained, load_data, load_model
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.layers import init_student
 from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.samples import NOTES
 
 DENSE = "dense"
 """The folder, in the output directory, of the model that `dense_epochs` made; and a teacher's name."""
@@ -32,9 +33,9 @@ def main(argv: list[str]) -> None:
         if training.resume_from_checkpoint is not None:
             check_checkpoint(training.resume_from_checkpoint)
         trainer, split = build(arguments, training)
-    dense_name = None
+    dense_name = NOTES.get(Path(arguments.model).name)
     if arguments.dense_epochs is not None:
-        dense_name = f"all its weights, trained for {arguments.dense_epochs:g} epochs of the same rows"
+        dense_name = f"all its weights, trained on the same rows, epochs: {arguments.dense_epochs:g}"
         arguments = fine_tuned(arguments, training)
         trainer, split = build(arguments, training)
     first_step = FirstStep()

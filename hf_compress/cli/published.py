@@ -92,7 +92,8 @@ def print_table(folder: Path, dense: str, compressed: str) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     rows = {
         report["metric"]: ("metrics", report["metric"]),
-        "megabytes": ("bytes",),
+        # Most of what belongs to adapters is the base's, which is nowhere on this disk in few bits.
+        "megabytes": ("weight_bytes",) if report["adapters"] else ("bytes",),
         "parameters": ("parameters",),
         "nonzeros": ("nonzeros",),
         "latency_ms": ("latency", "median_ms"),

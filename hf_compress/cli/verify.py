@@ -23,7 +23,7 @@ from transformers import AutoConfig, CompressedTensorsConfig, PreTrainedModel
 from hf_compress.cli.errors import refusing
 from hf_compress.cli.rows import Evaluation, batches, load_rows
 from hf_compress.devices import own_device, same_hardware
-from hf_compress.measure import count_weights, environment
+from hf_compress.measure import bytes_in_memory, count_weights, environment
 from hf_compress.publishing.adapters import open_adapters
 from hf_compress.publishing.audit import ADAPTERS, audit
 from hf_compress.publishing.card import hub_id, in_words
@@ -170,6 +170,13 @@ def _claims(
     tolerance = _tolerance(report) if options.tolerance is None else options.tolerance
     found, why_not = _evaluate(options, folder, report, model)
     yield from score_claims("compressed", report["compressed"]["metrics"], found, tolerance, why_not)
+    if stated := report["compressed"].get("weight_bytes"):
+        title = "weights in memory, bytes"
+        # Those of compressed-tensors are floats from the first forward on.
+        if _stands_for_floats(model) and not found:
+            yield Claim(title, stated, "needs an evaluation", None)
+        else:
+            yield equal(title, stated, bytes_in_memory(model))
     if report["dense"]:
         found, why_not = {}, "needs --dense"
         if options.dense:

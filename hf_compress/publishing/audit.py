@@ -164,7 +164,7 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
         if (folder / single).is_file():
             return [single], {}
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has neither {MODEL}, {INDEX} nor {ADAPTERS}.")
+        raise FileNotFoundError(f"{folder} has neither {MODEL} nor {INDEX}, and no {ADAPTERS}.")
     try:
         index = json.loads(path.read_text())["weight_map"]
         files = sorted(set(index.values()))

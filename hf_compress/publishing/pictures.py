@@ -125,7 +125,7 @@ def draw_trade(report: Mapping[str, Any], path: str | Path) -> bool:
     metric, sides = report["metric"], [report["dense"], report["compressed"]]
     if any(side is None or metric not in side["metrics"] for side in sides):
         return False
-    if report["adapters"]:  # of whose size most is the base's, which lies elsewhere
+    if report.get("adapters"):  # of whose size most is the base's, which lies elsewhere
         return False
     figure = new_figure(7, 3.5)
     left, right = figure.subplots(1, 2, sharey=True)

@@ -51,7 +51,7 @@ def test_a_vision_model_from_nothing_but_its_config(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).id2label[9] == "9"
     report = report_of(tmp_path)
     assert report["base_model"] == {"id": None, "name": "vit-digits", "revision": None}
-    assert report["dense_name"].endswith("trained for 1 epochs of the same rows")
+    assert report["dense_name"].endswith("trained on the same rows, epochs: 1")
     assert report["integers"]["bits"] == 8
     assert report["audit"]["target_sparsity"] >= 0.5
     card = (tmp_path / "README.md").read_text()

@@ -90,6 +90,7 @@ LIES = {
     "a score": (change("compressed", "metrics", "accuracy", by=0.025), "compressed: accuracy"),
     "a loss": (change("compressed", "metrics", "loss_task", by=-0.01), "compressed: loss_task"),
     "bytes": (change("compressed", "bytes", by=-8), "bytes on disk"),
+    "memory": (change("compressed", "weight_bytes", by=-8), "weights in memory, bytes"),
     "zeros": (zeros, "tensor bert"),
     "non-zeros": (change("compressed", "nonzeros", by=-1), "non-zero parameters"),
     "parameters": (change("compressed", "parameters", by=-1), "parameters"),
