@@ -36,7 +36,7 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(paper=paper_link, cell=_cell, python=repr)
+    environment.filters.update(paper=paper_link, cell=_cell, python=_literal)
     template = files("hf_compress.publishing") / "templates" / "model_card.md"
     report = _complete(report)
     body = environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -293,6 +293,10 @@ def _tags(report: Mapping[str, Any]) -> list[str]:
         tags += ["quantized", f"{integers['bits']}-bit"]
         tags += [integers["format"]] if integers["format"] != "dense" else []
     return tags
+
+
+def _literal(value: Any) -> str:
+    return repr(value).replace("'", '"')
 
 
 def _cell(text: str) -> str:
