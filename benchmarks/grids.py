@@ -62,16 +62,16 @@ def of_minilm(options):
 
 def of_smollm2(options):
     _, tokenizer = smollm2.load()
-    folder = tuned(
-        smollm2.rows(tokenizer, "book-excerpts", options.train_rows, options.length), options
-    )
-    prose = smollm2.rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length)
+    count = options.calibration_rows + options.train_rows
+    prose = smollm2.rows(tokenizer, "book-excerpts", count, options.length)
+    folder = tuned(prose[options.calibration_rows :], options)
+    held_out = smollm2.rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length)
 
     def load():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     cut = (options.evaluation_rows,)
-    return load, lambda model: smollm2.perplexity(model, prose), folder, cut
+    return load, lambda model: smollm2.perplexity(model, held_out), folder, cut
 
 
 def main():
@@ -90,6 +90,7 @@ def main():
         else:
             sub.add_argument("--length", type=int, default=256, help="tokens for each row")
             sub.add_argument("--train_rows", type=int, default=400, help="of the dense model's tuning")
+            sub.add_argument("--calibration_rows", type=int, default=32, help="left out of these")
             sub.add_argument("--evaluation_rows", type=int, default=16)
     options = parser.parse_args()
     of = of_minilm if options.model == "minilm" else of_smollm2
