@@ -96,7 +96,9 @@ def dense_model(arguments: CompressArguments, trainer: Trainer) -> PreTrainedMod
     it was sparse already."""
     if arguments.method == "keep":
         return None
-    if arguments.teacher is not None and arguments.teacher != arguments.model:
+    # A teacher in few bits is not the dense model, though it was made of it.
+    packed_of_it = arguments.teacher == arguments.model and arguments.teacher_bits is not None
+    if arguments.teacher is not None and not packed_of_it:
         return None
     trained: Any = trainer.model
     classify = arguments.task != "causal-lm"
