@@ -7,13 +7,14 @@ import sys
 
 def main() -> None:
     """Entry point of the installed command."""
-    from hf_compress.cli import compress, oneshot, quickstart, structure, verify
+    from hf_compress.cli import compress, export, oneshot, quickstart, structure, verify
     from hf_compress.cli.errors import run
 
     commands = {
         "compress": compress,
         "oneshot": oneshot,
         "structure": structure,
+        "export": export,
         "quickstart": quickstart,
         "verify": verify,
     }

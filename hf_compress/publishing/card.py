@@ -36,7 +36,7 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(paper=paper_link, cell=_cell, python=_literal)
+    environment.filters.update(paper=paper_link, cell=_cell, python=_literal, told=in_words)
     template = files("hf_compress.publishing") / "templates" / "model_card.md"
     report = _complete(report)
     body = environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -46,6 +46,7 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
         efficiency=efficiency_table(report),
         stored=_stored(report),
         integers=_integers(report),
+        exports=exports_table(report),
         pruned=_pruned(report),
         pruning=[m for m in report["recipe"]["methods"] if m.get("method") == "pruning"],
         settings=[_settings(method) for method in report["recipe"]["methods"]],
@@ -118,6 +119,22 @@ def efficiency_table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def exports_table(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of folder, bytes, agreement, score in torch and exported, and for each batch size the median
+    milliseconds of both and their ratio."""
+    rows = []
+    for name, found in report["exports"].items():
+        parity, scores = found["parity"], ("torch", "exported")
+        metric = next(iter(parity["torch"]), None)
+        told = [_number(parity[side].get(metric)) for side in scores]
+        for size, times in found["latency"].items():
+            medians = [f"{times[side]['median_ms']:.2f}" for side in scores]
+            ratio = f"{found['ratios'][size]['torch']:.2f}"
+            size_and_parity = (f"{found['bytes']:,}", f"{parity['agreement']:.4f}")
+            rows.append((name, *size_and_parity, metric or "none", *told, size, *medians, ratio))
+    return rows
+
+
 def caution(report: Mapping[str, Any]) -> str | None:
     """A sentence where the recovery of the report's metric says more about the dense model than about
     the compression; else None."""
@@ -169,7 +186,7 @@ def _complete(report: Mapping[str, Any]) -> dict[str, Any]:
     """With what reports of earlier versions do not tell."""
     told = {
         **{"structure": {}, "language": None, "evaluation": None},
-        **{"adapters": None, "image_processor": False},
+        **{"adapters": None, "image_processor": False, "exports": {}},
         **report,
     }
     for part, later in (("dataset", "revision"), ("license", "link"), ("base_model", "revision")):

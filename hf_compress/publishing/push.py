@@ -33,6 +33,7 @@ _STAYS = (
     *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz"),
     *("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"),
 )
+_NO_PICKLE = "openvino_*.bin"
 _FOLDERS_THAT_STAY = (".*", "_*", "checkpoint-*", "runs", "last-checkpoint")
 # Beside the files of a commit these would be read by `from_pretrained`, or tell of an earlier model.
 _REPLACED = (
@@ -100,7 +101,8 @@ def published_files(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(fnmatch(part, stays) for part in name.parts for stays in _FOLDERS_THAT_STAY)
-        if path.is_file() and not hidden and not any(fnmatch(path.name, stays) for stays in _STAYS):
+        stays = any(fnmatch(path.name, pattern) for pattern in _STAYS)
+        if path.is_file() and not hidden and (not stays or fnmatch(path.name, _NO_PICKLE)):
             yield name.as_posix()
 
 
