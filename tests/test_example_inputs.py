@@ -1,33 +1,24 @@
 import pytest
 import torch
-from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, tiny_whisper
+from tiny import (
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tiny_vit,
+    tiny_wav2vec2,
+    tiny_whisper,
+)
 from transformers import (
     ASTConfig,
     ASTForAudioClassification,
     Wav2Vec2BertConfig,
     Wav2Vec2BertForSequenceClassification,
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
 )
 
 from hf_compress.example_inputs import example_inputs, inputs_of_shapes
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-
-
-def raw_sound():
-    return Wav2Vec2ForSequenceClassification(
-        Wav2Vec2Config(
-            **SMALL,
-            conv_dim=(8, 8),
-            conv_kernel=(10, 8),
-            conv_stride=(5, 4),
-            num_feat_extract_layers=2,
-            num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2,
-            classifier_proj_size=8,
-        )
-    )
 
 
 def spectrogram():
@@ -42,7 +33,7 @@ def spectrogram():
         (tiny_gpt2, {"input_ids": (2, 64), "attention_mask": (2, 64)}),
         (tiny_vit, {"pixel_values": (2, 3, 16, 16)}),
         (tiny_whisper, {"input_features": (2, 80, 32)}),
-        (raw_sound, {"input_values": (2, 16000)}),
+        (tiny_wav2vec2, {"input_values": (2, 16000)}),
         (spectrogram, {"input_values": (2, 24, 16)}),
     ],
 )
@@ -61,7 +52,7 @@ def test_a_model_takes_what_is_made_for_it(make, shapes):
 def test_length_is_of_text_and_of_sound():
     assert example_inputs(tiny_bert(), length=7)["input_ids"].shape == (1, 7)
     assert example_inputs(tiny_t5(), length=300)["input_ids"].shape == (1, 300)  # counts no positions
-    assert example_inputs(raw_sound(), length=900)["input_values"].shape == (1, 900)
+    assert example_inputs(tiny_wav2vec2(), length=900)["input_values"].shape == (1, 900)
 
 
 def test_tokens_are_of_the_vocabulary():

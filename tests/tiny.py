@@ -20,6 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -235,6 +237,26 @@ def tiny_whisper(layers=2, seed=0):
             decoder_start_token_id=2,
             suppress_tokens=None,
             begin_suppress_tokens=None,
+        )
+    )
+
+
+def tiny_wav2vec2(seed=0):
+    """Takes `input_values` (rows, samples)."""
+    torch.manual_seed(seed)
+    return Wav2Vec2ForSequenceClassification(
+        Wav2Vec2Config(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            conv_dim=(8, 8),
+            conv_kernel=(10, 8),
+            conv_stride=(5, 4),
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            classifier_proj_size=8,
         )
     )
 

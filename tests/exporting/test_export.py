@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from exporting.conftest import on_grids
-from tiny import tiny_bert, tiny_llama, tiny_vit
+from tiny import tiny_bert, tiny_llama, tiny_vit, tiny_wav2vec2
 
 from hf_compress.cli.export import main
 from hf_compress.cli.verify import main as verify
@@ -111,9 +111,9 @@ def test_openvino_in_8_bits_is_calibrated(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tiny_llama, tiny_vit])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_vit, tiny_wav2vec2])
 @pytest.mark.parametrize("format", ["onnx", "openvino", "executorch"])
-def test_text_and_images_in_every_runtime(format, make, tmp_path):
+def test_text_images_and_sound_in_every_runtime(format, make, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime"}.get(format, format))
     make().save_pretrained(tmp_path)
     _, measured = export_folder(tmp_path, format, runs=1)
