@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ _SCALE = ".weight_scale"
 
 def load_floats(folder: Path) -> tuple[PreTrainedModel, dict[str, Grid]]:
     """The model in `folder` as floats of 32 bits, on the CPU, and by the names of its weights the grids
-    on which compressed-tensors holds them; none where a layer there is no Linear of the model.
+    on which compressed-tensors holds them; none where a layer there is no Linear of the model, where
+    they are of several kinds, and where its floats are short, which are rounded once more.
 
     Raises FileNotFoundError where there is no model, ValueError for a class that transformers does not
     have, and weights that stay packed when they are loaded.
@@ -39,13 +40,16 @@ def load_floats(folder: Path) -> tuple[PreTrainedModel, dict[str, Grid]]:
             f"{folder} is packed by {method}, which no exporter reads: export the model that it was "
             "made from, or save the training with format='compressed-tensors' or 'dense'."
         )
-    model = reopen(folder, kind, method).float()
-    return model, _grids(folder, model, settings) if method else {}
+    model = reopen(folder, kind, method)
+    exact = method and model.dtype == torch.float32
+    return model.float(), _grids(folder, model, settings) if exact else {}
 
 
 def _grids(folder: Path, model: PreTrainedModel, settings: Mapping[str, Any]) -> dict[str, Grid]:
-    (group,) = settings["config_groups"].values()
-    bits = int(group["weights"]["num_bits"])
+    groups = list(settings["config_groups"].values())
+    if len(groups) != 1:
+        return {}
+    bits = int(groups[0]["weights"]["num_bits"])
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -72,8 +76,3 @@ def _grids(folder: Path, model: PreTrainedModel, settings: Mapping[str, Any]) ->
 
 def _as_dict(settings: Any) -> Mapping[str, Any]:
     return settings if isinstance(settings, dict) else settings.to_dict() if settings else {}
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
