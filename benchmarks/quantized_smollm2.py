@@ -66,7 +66,7 @@ OURS = tuple(
 )
 
 
-TUNING = {"max_steps": 100, "per_device_train_batch_size": 2, "learning_rate": 5e-5}
+TUNING = {"per_device_train_batch_size": 2, "learning_rate": 5e-5}
 
 
 def settings(output):
@@ -87,13 +87,16 @@ def dataset(ids):
 
 def tuned(ids, options):
     """Folder of the dense model after a little training in fp32; made once and kept in the cache."""
+    steps = options.tuning_steps
     layout = (options.length, options.calibration_rows, options.train_rows)
-    folder = CACHE / "-".join(map(str, ("smollm2-tuned", *TUNING.values(), *layout)))
+    name = ("smollm2-tuned", steps, *TUNING.values(), *layout) if steps else ("smollm2",)
+    folder = CACHE / "-".join(map(str, name))
     if not (folder / "config.json").exists():
         model, tokenizer = load()
-        with tempfile.TemporaryDirectory() as output:
-            arguments = TrainingArguments(**settings(output), **TUNING)
-            Trainer(model, arguments, train_dataset=dataset(ids)).train()
+        if steps:
+            with tempfile.TemporaryDirectory() as output:
+                arguments = TrainingArguments(**settings(output), **TUNING, max_steps=steps)
+                Trainer(model, arguments, train_dataset=dataset(ids)).train()
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
     return folder
@@ -173,7 +176,7 @@ def rounded(kind, scheme, folder, kept, data, options):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     params = dict(model.named_parameters())
     if not kept.exists():
-        batches = [{"input_ids": part} for part in data["calibration"].split(4)]
+        batches = [{"input_ids": part} for part in data["calibration"].split(options.block_batch)]
         given = () if kind == "rtn" else (batches,)
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "blockwise"):
             grids = quantize_oneshot_(model, *given, method=kind, steps=options.block_steps, **scheme)
@@ -243,8 +246,12 @@ def main():
     parser.add_argument("--group_size", type=int, default=64, help="of our methods")
     parser.add_argument("--length", type=int, default=256, help="tokens for each row")
     parser.add_argument("--batch", type=int, default=2, help="of training on the grid")
+    parser.add_argument(
+        "--tuning_steps", type=int, default=100, help="of the dense model in fp32; 0: as it comes"
+    )
     parser.add_argument("--steps", type=int, default=300, help="of training on the grid")
     parser.add_argument("--block_steps", type=int, default=STEPS, help="of each block, by blockwise")
+    parser.add_argument("--block_batch", type=int, default=4, help="rows for each of these")
     parser.add_argument("--learning_rate", type=float, default=5e-5, help="in that training")
     parser.add_argument("--train_rows", type=int, default=400)
     parser.add_argument("--calibration_rows", type=int, default=32)
@@ -263,7 +270,15 @@ def main():
         "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
     }
     folder = tuned(train, options)
-    cut = ("group_size", "steps", "batch", "learning_rate", "block_steps", "auto_round_iters")
+    cut = (
+        "group_size",
+        "steps",
+        "batch",
+        "learning_rate",
+        "block_steps",
+        "block_batch",
+        "auto_round_iters",
+    )
     cut += ("calibration_rows", "evaluation_rows")
     runs = folder.with_name("-".join([folder.name, *(str(vars(options)[name]) for name in cut)]))
     found = {
