@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_compress.calibration.batches import Batch, check_calibration
+from hf_compress.calibration.casts import fresh_casts
 from hf_compress.calibration.layer_inputs import Seen
 from hf_compress.calibration.layerwise import layer_by_layer, matrices
 from hf_compress.calibration.offloading import in_memory
@@ -115,9 +116,11 @@ def quantize_oneshot_(
     if method == "blockwise":
         for target in chosen:
             _check_trainable(target)
-        return round_block_by_block(model, batches, chosen, scheme, steps=steps)
+        with fresh_casts():
+            return round_block_by_block(model, batches, chosen, scheme, steps=steps)
     check_experts(batches, selection)
-    return _round_layer_by_layer(model, batches, chosen, scheme, damping)
+    with fresh_casts():
+        return _round_layer_by_layer(model, batches, chosen, scheme, damping)
 
 
 def _round_to_nearest(model: nn.Module, targets: Sequence[Target], scheme: Scheme) -> dict[str, Grid]:

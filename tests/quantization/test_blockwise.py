@@ -189,6 +189,25 @@ def test_loses_less_than_rounding_to_nearest(bits, at_most):
     assert lost["blockwise"] < at_most * lost["rtn"]
 
 
+def test_learns_under_autocast_too():
+    """Which keeps casts of the weights, of the dense ones without gradients."""
+    dense, one, other = (tiny_llama() for _ in range(3))
+    grids = blockwise_(one, decoder_batches(), group_size=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = blockwise_(other, decoder_batches(), group_size=16)
+        assert torch.is_autocast_cache_enabled()
+    assert on_grid(other, found, 16)
+    scheme = Scheme(bits=4, group_size=16)
+    for key, target in find_targets(dense).targets.items():
+        groups = groups_of(target, 16)
+        nearest = fit(groups, scheme)
+        moved = (grids[key].scale / nearest.scale).log()
+        moved_by_casts = (found[key].scale / nearest.scale).log()
+        assert torch.corrcoef(torch.stack([moved.flatten(), moved_by_casts.flatten()]))[0, 1] > 0.5, key
+        rounded = groups_of(find_targets(other).targets[key], 16)
+        assert not rounded.equal(fake_quantize(groups, nearest))
+
+
 def test_the_same_again_and_as_it_is_cut_for_the_threads():
     one, other = tiny_gpt2(), tiny_gpt2()
     blockwise_(one, decoder_batches())
