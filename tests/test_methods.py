@@ -1,6 +1,7 @@
-"""What must hold for every method, on every architecture: the cross product, thinned.
+"""What must hold for every method, on every architecture.
 
-Each method meets two architectures for the dear checks and all of them for the cheap ones.
+Of the cross product each method meets one or two architectures in a quick run, so that all are met;
+`make slow` runs the rest.
 """
 
 import json
@@ -64,13 +65,19 @@ def trainer(folder, method, model_name, model=None, **settings):
 
 
 def pairs(each):
-    """Each method with `each` architectures, so that all are met."""
+    """Each method with every architecture: all but `each` of them slow."""
     names, chosen = list(MODELS), []
     for i, method in enumerate(METHODS):
         fitting = [n for n in names if method.experts or n != "Mixtral"]
-        turned = [fitting[(i * each + j) % len(fitting)] for j in range(each)]
+        quick = {fitting[(i * each + j) % len(fitting)] for j in range(each)}
         chosen += [
-            pytest.param(method, name, id=f"{method.name}-{name}") for name in dict.fromkeys(turned)
+            pytest.param(
+                method,
+                name,
+                id=f"{method.name}-{name}",
+                marks=() if name in quick else pytest.mark.slow,
+            )
+            for name in fitting
         ]
     return chosen
 
