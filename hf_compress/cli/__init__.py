@@ -7,10 +7,11 @@ import sys
 
 def main() -> None:
     """Entry point of the installed command."""
-    from hf_compress.cli import compress, export, oneshot, quickstart, structure, verify
+    from hf_compress.cli import choose, compress, export, oneshot, quickstart, structure, verify
     from hf_compress.cli.errors import run
 
     commands = {
+        "choose": choose,
         "compress": compress,
         "oneshot": oneshot,
         "structure": structure,

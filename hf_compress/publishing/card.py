@@ -186,7 +186,7 @@ def _complete(report: Mapping[str, Any]) -> dict[str, Any]:
     """With what reports of earlier versions do not tell."""
     told = {
         **{"structure": {}, "language": None, "evaluation": None},
-        **{"adapters": None, "image_processor": False, "exports": {}},
+        **{"adapters": None, "image_processor": False, "exports": {}, "choice": None},
         **report,
     }
     for part, later in (("dataset", "revision"), ("license", "link"), ("base_model", "revision")):

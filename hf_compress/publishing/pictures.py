@@ -21,6 +21,7 @@ BITS = "bits.png"
 WEIGHTS = "weights.png"
 TRADE = "size_and_score.png"
 CODES = "codes.png"
+CHOICE = "choice.png"
 
 _LOSSES = {
     "loss": "training loss",
@@ -29,8 +30,12 @@ _LOSSES = {
 }
 
 
-# In the order of the card; the last two are drawn by `hf_compress.quantization.analysis`.
-PICTURES = (TRADE, HISTORY, LAYERS, BITS, WEIGHTS, CODES, "grid_errors.png", "weight_histograms.png")
+# In the order of the card; those without a name here are drawn by `hf_compress.quantization.analysis`,
+# that of a choice by `hf_compress.choosing.picture`.
+PICTURES = (
+    *(TRADE, CHOICE, HISTORY, LAYERS, BITS, WEIGHTS, CODES),
+    *("grid_errors.png", "weight_histograms.png"),
+)
 
 
 def draw_all(

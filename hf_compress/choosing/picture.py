@@ -1,0 +1,69 @@
+"""The front of a choice: score beside size and latency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_compress.choosing.search import Choice
+from hf_compress.choosing.telling import front
+from hf_compress.figures import new_figure
+
+
+def draw_front(choice: Choice, path: str | Path) -> None:
+    """Finalists and the dense model by what they weigh and take; what was stopped early in grey, with
+    the score of its last rung. The shaded part is outside the limits."""
+    figure = new_figure(9, 4.5)
+    left, right = figure.subplots(1, 2, sharey=True)
+    best, metric, limits = front(choice), choice.metric, choice.limits
+    stopped = [e for e in choice.tried if e.finished is None and e.trainings]
+    slowest = [limits.latency, limits.speedup and choice.dense.measured.latency_ms / limits.speedup]
+    sides = (
+        (left, lambda m: m.bytes / 1e6, "megabytes on disk", limits.size and limits.size / 1e6),
+        (
+            right,
+            lambda m: m.latency_ms,
+            "milliseconds of a forward pass, median",
+            min(filter(None, slowest), default=None),
+        ),
+    )
+    for axes, cost, label, limit in sides:
+        if stopped:
+            axes.scatter(
+                [cost(e.measured) for e in stopped],
+                [e.trainings[-1].score for e in stopped],
+                marker="x",
+                color="tab:gray",
+                alpha=0.6,
+                label="stopped early, at that step",
+            )
+        points = [(cost(e.measured), e.finished.validation) for e in best if e.finished]
+        axes.plot(*zip(*sorted(points), strict=True), color="tab:blue", lw=1) if points else None
+        for each in choice.finalists:
+            assert each.finished is not None
+            chosen = each is choice.winner
+            axes.scatter(
+                cost(each.measured),
+                each.finished.validation,
+                marker="*" if chosen else "o",
+                s=160 if chosen else 40,
+                color="tab:green" if chosen else "tab:blue",
+                label="chosen" if chosen else "trained fully",
+                zorder=3,
+            )
+        dense = (cost(choice.dense.measured), choice.dense.validation)
+        axes.scatter(*dense, marker="s", color="black", label="dense", zorder=3)
+        axes.set(xlabel=label)
+        axes.set_xlim(left=0)
+        if limit is not None:
+            axes.axvspan(limit, max(limit, axes.get_xlim()[1]), color="tab:red", alpha=0.08)
+        if limits.drop is not None:
+            loss = limits.drop / metric.points
+            least = choice.dense.validation + (loss if metric.lower else -loss)
+            low, high = axes.get_ylim()
+            # One that is far from all that was tried would squeeze it into a corner.
+            if low <= least <= high:
+                axes.axhline(least, color="tab:red", lw=0.8, ls="--", label="limit of the drop")
+    left.set(ylabel=f"validation {metric.name}")
+    handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
+    figure.savefig(path)

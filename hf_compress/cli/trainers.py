@@ -1,0 +1,149 @@
+"""Trainers of one dense model and of the candidates that are made of it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    set_seed,
+)
+
+from hf_compress.callbacks.pruning import PruningCallback
+from hf_compress.callbacks.quantization import QuantizationCallback
+from hf_compress.choosing.building import smaller, texts_within
+from hf_compress.choosing.candidates import Candidate
+from hf_compress.cli.arguments import CompressArguments
+from hf_compress.cli.data import first_rows, tokenized
+from hf_compress.cli.judging import Splits, compute_scores
+from hf_compress.cli.tasks import language_collator, load_model
+from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.pruning.vocabulary.prune import prune_vocabulary
+
+CALIBRATION = 128  # training rows by whose gradients layers, neurons and heads are scored
+
+
+@dataclass(frozen=True)
+class Base:
+    """A dense model, as it is or with its vocabulary cut, and rows for it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+class Trainers:
+    """dense: folder of the dense model. scratch: one that trainings may write to."""
+
+    def __init__(
+        self,
+        arguments: CompressArguments,
+        training: DistillationArguments,
+        splits: Splits,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dense: Path,
+        scratch: Path,
+    ) -> None:
+        self.arguments, self.training, self.splits = arguments, training, splits
+        self.tokenizer, self.place, self.scratch = tokenizer, dense, scratch
+
+    @lru_cache(maxsize=2)  # noqa: B019  # as long as the one search that it is for
+    def base(self, *, vocabulary: bool) -> Base:
+        """The dense model with all of its vocabulary, or with that of what it reads of the training
+        texts."""
+        model: Any = load_model(replace(self.arguments, model=str(self.place)), self.splits.names)
+        tokenizer: Any = self.tokenizer
+        if vocabulary:
+            texts = self.splits.train[self.arguments.text_column]
+            seen = texts_within(tokenizer, texts, self.arguments.max_length)
+            model, tokenizer = prune_vocabulary(model, tokenizer, seen)
+            model.config.name_or_path = ""  # where another tokenizer is
+        return self.based(model, tokenizer)
+
+    def based(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Base:
+        """A model with the rows as its tokenizer makes them."""
+        raw = (self.splits.train, self.splits.validation, self.splits.test)
+        names = self.splits.names
+        return Base(
+            model, tokenizer, *(tokenized(rows, tokenizer, self.arguments, names) for rows in raw)
+        )
+
+    def of_candidate(self, candidate: Candidate, steps: int) -> Trainer:
+        """From the dense weights, always in the same way."""
+        set_seed(self.training.seed)
+        base = self.base(vocabulary=candidate.vocabulary)
+        model = smaller(candidate, base.model, self._calibration(base))
+        if model is base.model:
+            model = copy.deepcopy(model).requires_grad_(True)  # a teacher is frozen
+        callbacks: list[Any] = []
+        if candidate.sparsity:
+            callbacks.append(PruningCallback(candidate.sparsity))
+        if candidate.bits is not None:
+            callbacks.append(QuantizationCallback(candidate.bits, group_size=candidate.group_size))
+        teacher = base.model if candidate.distil else None
+        return self.of_model(base, model, steps, callbacks=callbacks, teacher=teacher)
+
+    def of_model(
+        self,
+        base: Base,
+        model: PreTrainedModel,
+        steps: int,
+        *,
+        callbacks: list[Any] | None = None,
+        teacher: PreTrainedModel | None = None,
+    ) -> Trainer:
+        """Of any model that reads the rows of `base`; it evaluates those of the validation."""
+        settings: dict[str, Any] = {
+            "args": replace(
+                self.training,
+                output_dir=str(self.scratch),
+                max_steps=steps,
+                eval_strategy="no",
+                save_strategy="no",
+                load_best_model_at_end=False,
+                push_to_hub=False,
+                report_to="none",
+            ),
+            "train_dataset": base.train,
+            "eval_dataset": base.validation,
+            "processing_class": base.tokenizer,
+            "data_collator": self._collator(base.tokenizer),
+            "compute_metrics": None if self.splits.names is None else compute_scores,
+            "callbacks": callbacks,
+        }
+        trainer = (
+            Trainer(model, **settings)
+            if teacher is None
+            else DistillationTrainer(model, teacher=teacher, **settings)
+        )
+        # There are many trainings, of which the search tells in a line each.
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        return trainer
+
+    def _collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        if self.splits.names is not None:
+            return DataCollatorWithPadding(tokenizer)
+        return language_collator(tokenizer)
+
+    def _calibration(self, base: Base) -> list[dict[str, Tensor]]:
+        rows = first_rows(base.train, CALIBRATION)
+        collate, size = self._collator(base.tokenizer), self.training.per_device_train_batch_size
+        starts = range(0, len(rows), size)
+        cuts = [range(start, min(start + size, len(rows))) for start in starts]
+        return [dict(collate([rows[place] for place in cut])) for cut in cuts]
