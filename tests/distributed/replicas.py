@@ -1,6 +1,7 @@
 """Run by two ranks: a Trainer with a callback that prunes or quantizes. Each rank checks its weights
 and writes them to a file of its own; of "rows", every method in methods.py, they compare them."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -91,7 +92,8 @@ if __name__ == "__main__":
     folder, method = Path(sys.argv[1]), sys.argv[2]
     if method == "rows":
         compare_rows(folder)
-        sys.exit(0)
+        # At an ordinary exit a reducer joins a thread of the group, which may wait for the interpreter.
+        os._exit(0)
     callback, check = METHODS[method]
     trainer = trained(folder, callback)
     check(trainer.model)

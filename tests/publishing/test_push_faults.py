@@ -184,7 +184,9 @@ finally:
 
 def test_an_interrupt_leaves_no_commit_and_says_how_to_go_on(hub, client, folder, tmp_path, unseen):
     hub.fail("upload", slow=600)
-    code = f"folder, repo, options = {str(folder)!r}, 'me/stopped', {{}}\n{PUSH}"
+    # A shell that runs the tests in the background has them ignore interrupts, and so their children.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}\nfolder, repo, options = {str(folder)!r}, 'me/stopped', {{}}\n{PUSH}"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stderr=subprocess.PIPE,
