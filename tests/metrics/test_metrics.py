@@ -147,9 +147,10 @@ LOADED = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def modules(tmp_path_factory):
-    """`evaluate` copies a file before it imports it, to one place for each process."""
+    """`evaluate` copies a file before it imports it, to one place for each process: Python keeps the
+    package it first imported, and a worker may leave this file and come back to it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
