@@ -28,12 +28,19 @@ SCORES = ("obd", "taylor", "magnitude", "wanda", "random")
 PATTERNS = ("4x1", "1x4", "2:4")
 ALLOCATIONS = ("uniform", "erk", "sensitivity")
 ONE_SHOT = ("one-shot", "one-shot-by-layer")
-METHODS = (*SCORES, *PATTERNS, *ALLOCATIONS, "rigl", *ONE_SHOT)
+METHODS = (*SCORES, *PATTERNS, *ALLOCATIONS, "rigl", "alternating", *ONE_SHOT)
+
+
+def alternating(progress):
+    """Dense and sparse in turn, as in AC/DC (papers/2106.12379)."""
+    return 1.0 if progress == 1.0 else float(int(8 * progress) % 2)
 
 
 def callback(method, sparsity, scope):
     if method == "rigl":
         return RigLCallback(sparsity, interval=10)
+    if method == "alternating":
+        return PruningCallback(sparsity, schedule=alternating)
     if method == "2:4":
         return PruningCallback(pattern=method)
     if method in PATTERNS:

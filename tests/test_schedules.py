@@ -50,8 +50,9 @@ def test_a_very_short_training_still_reaches_the_target():
     ("wrong", "message"),
     [
         ({"shape": "quadratic"}, "quadratic.*allowed"),
-        ({"shape": lambda p: 1 - p}, "never fall"),
-        ({"shape": lambda p: p / 2}, "end at 1"),
+        ({"shape": lambda p: 1 - p}, r"gave 0\.0.*end at 1"),
+        ({"shape": lambda p: p / 2}, r"gave 0\.5.*end at 1"),
+        ({"shape": lambda p: 2 * p if p < 1 else 1.0}, r"gave 1\.02.*stay in"),
         ({"start": 0.8, "end": 0.2}, "after"),
         ({"start": 80, "end": 20}, "after"),
         ({"start": -1}, "count from 0"),

@@ -72,7 +72,6 @@ class Trainers:
             texts = self.splits.train[self.arguments.text_column]
             seen = texts_within(tokenizer, texts, self.arguments.max_length)
             model, tokenizer = prune_vocabulary(model, tokenizer, seen)
-            model.config.name_or_path = ""  # where another tokenizer is
         return self.based(model, tokenizer)
 
     def based(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Base:

@@ -9,13 +9,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from hf_compress.calibration.batches import Batch, check_calibration
-from hf_compress.calibration.layer_inputs import LayerInputs, Seen, eager_experts
-from hf_compress.calibration.lockstep import Call
+from hf_compress.calibration.layer_inputs import Seen
+from hf_compress.calibration.layerwise import layer_by_layer
 from hf_compress.calibration.requirements import check_experts, check_targets
-from hf_compress.frozen import evaluating
 from hf_compress.pruning.oneshot.wanda import add_squares
 from hf_compress.targets import Target, find_targets
 
@@ -71,15 +69,8 @@ def outlier_ratios(
     batches = check_calibration(calibration)
     check_experts(batches, selection)
     chosen = list(selection.targets.values())
-    calls = [Call((), dict(batch)) for batch in batches]
-    with evaluating(model), eager_experts(model, chosen):
-        bar = logging.tqdm(calls, desc="Measuring", unit="batch")
-        seen = LayerInputs(batches, add_squares).of(model, "", bar, chosen)
-    if unseen := [name for name, inputs in seen.items() if not any(s.positions for s in inputs)]:
-        raise ValueError(
-            f"the calibration does not reach {len(unseen)} targets, {unseen[:3]} among them: give "
-            "batches that do, or leave them out by `ignore`."
-        )
+    steps = layer_by_layer(model, batches, chosen, add_squares, desc="Measuring")
+    seen = {target.name: inputs for target, inputs in steps}
     blocks: dict[str, list[Target]] = {}
     for target in chosen:
         block = _BLOCK.match(target.name)

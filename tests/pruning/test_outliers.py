@@ -142,7 +142,7 @@ def test_activations_that_overflow_are_told():
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1e30)
-    with pytest.raises(ValueError, match="no finite number.*bfloat16 or float32"):
+    with pytest.raises(ValueError, match="NaN or infinite.*bfloat16 or float32"):
         outlier_ratios(model, batches())
 
 
@@ -150,5 +150,5 @@ def test_targets_that_are_not_reached_are_told():
     model = tiny_llama()
     skipped, *_ = model.model.layers
     skipped.forward = lambda hidden_states, **kwargs: hidden_states
-    with pytest.raises(ValueError, match=r"does not reach 7 targets.*layers\.0.*`ignore`"):
+    with pytest.raises(ValueError, match=r"does not call `model\.layers\.0\..*`ignore="):
         outlier_ratios(model, batches())

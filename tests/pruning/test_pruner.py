@@ -152,3 +152,41 @@ def test_diverged_scores_are_refused_in_every_pattern():
         pruner.at(8, STEPS)
         with pytest.raises(ValueError, match="NaN or infinite"):
             optimizer.step()
+
+
+def alternating(progress):
+    return 1.0 if progress == 1.0 else float(int(8 * progress) % 2)
+
+
+def test_a_schedule_that_falls_gives_back_what_was_pruned():
+    """Dense and sparse in turn (compare AC/DC, arXiv:2106.12379), against a loop written out."""
+    net, plain = network(), network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    settings = {"score": "magnitude", "scope": "layer", "schedule": alternating, "interval": 5}
+    pruner = begin(net, optimizer, sparsity=0.5, end=1.0, **settings)
+
+    weights = [plain[0].weight, plain[2].weight]
+    latents = [weight.detach().clone() for weight in weights]
+    masks = [torch.ones_like(weight) for weight in weights]
+    for step in range(STEPS):
+        train(net, optimizer, pruner, step, step + 1)
+
+        x = torch.randn(64, 16, generator=torch.Generator().manual_seed(step))
+        loss = (plain(x) - 2 * x[:, :4]).square().mean()
+        gradients = torch.autograd.grad(loss, list(plain.parameters()))
+        sparse = step + 1 == STEPS or (step + 1) // 5 % 2 == 1
+        with torch.no_grad():
+            for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
+                if parameter.dim() == 1:
+                    parameter -= 0.1 * gradient
+            for i, gradient in enumerate((gradients[0], gradients[2])):
+                latents[i] -= 0.1 * gradient * masks[i]
+                if not sparse:
+                    masks[i] = torch.ones_like(masks[i])
+                elif (step + 1) % 5 == 0:
+                    lowest = latents[i].abs().flatten().argsort()[: latents[i].numel() // 2]
+                    masks[i] = torch.ones(latents[i].numel()).index_fill(0, lowest, 0).view_as(masks[i])
+                weights[i].copy_(latents[i] * masks[i])
+        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert pruner.sparsity == (0.5 if sparse else 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_compress.calibration.batches import Batch, check_calibration
+from hf_compress.calibration.casts import fresh_casts
 from hf_compress.calibration.layer_inputs import Accumulate, Seen
 from hf_compress.calibration.layerwise import layer_by_layer, matrices
 from hf_compress.calibration.offloading import in_memory
@@ -125,7 +126,8 @@ def prune_oneshot_(
             raise ValueError(f"{score!r} needs `calibration`, batches of what the model is meant for.")
         batches = check_calibration(calibration)
         check_experts(batches, selection)
-        weights = _prune_layer_by_layer(model, batches, selection, method, by_magnitude, fractions)
+        with fresh_casts():
+            weights = _prune_layer_by_layer(model, batches, selection, method, by_magnitude, fractions)
     return OneShotReport(weights, selection.skipped)
 
 

@@ -35,9 +35,10 @@ def prune_vocabulary(
     """A smaller model and tokenizer of the same classes, with the tokens that `texts` need.
 
     Everything of the vocabulary's size shrinks together: input embedding, tied or untied head, its
-    bias. Ids in the config and the generation config are renumbered. The arguments are unchanged;
-    what is returned saves and loads with plain `save_pretrained` and `from_pretrained`. Compare
-    TextPruner (ACL 2022, arXiv:2203.15996).
+    bias. Ids in the config and the generation config are renumbered, and the config does not name the
+    model that it came from any more, whose tokenizer is another. The arguments are unchanged; what is
+    returned saves and loads with plain `save_pretrained` and `from_pretrained`. Compare TextPruner
+    (ACL 2022, arXiv:2203.15996).
 
     For each of `texts` the new tokenizer gives the tokens that the old one gave, so the model gives
     the same outputs, its head at the kept tokens. Kept besides: special and added tokens, and single
@@ -145,6 +146,7 @@ def _with_rows(model: PreTrainedModel, rows: list[int]) -> PreTrainedModel:
     """A new model whose token i is token rows[i] of `model`."""
     number = {old: new for new, old in enumerate(rows)}
     config = copy.deepcopy(model.config)
+    config.name_or_path = ""  # where another tokenizer is
     text = config.get_text_config()
     for part in (text,) if text is config else (text, config):
         _renumber_(part, number)

@@ -383,3 +383,16 @@ def test_training_goes_on_at_fixed_zeros_with_the_dense_model_as_teacher(tmp_pat
         old = find_targets(sparse).targets[name].param
         assert target.param.eq(0).equal(old.eq(0)), name
         assert not target.param.equal(old), name
+
+
+def test_each_weight_is_cast_anew_once_it_is_pruned():
+    """Autocast keeps the cast of a weight, which would answer as before it was pruned."""
+    model = tiny_llama()
+    batch = {"input_ids": torch.arange(32).reshape(2, 16)}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+        prune_oneshot_(model, [batch], sparsity=0.5, score="wanda")
+        within = model(**batch).logits
+        assert torch.is_autocast_cache_enabled()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(**batch).logits.equal(within)
