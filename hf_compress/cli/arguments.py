@@ -149,7 +149,8 @@ class CompressArguments(CardArguments, QuantizationArguments, MethodArguments, D
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": 'Path, hub id, "self", or "dense": what `dense_epochs` made; none without it.'
+            "help": 'Path, hub id, name of a packaged model, "self", or "dense": what `dense_epochs` '
+            "made; none without it."
         },
     )
     teacher_bits: int | None = field(default=None, metadata={"help": "8 or 4."})
@@ -159,6 +160,8 @@ class CompressArguments(CardArguments, QuantizationArguments, MethodArguments, D
 
     def __post_init__(self) -> None:
         self.base_model = self.base_model or MODELS.get(self.model)
+        if self.teacher in MODELS:
+            self.teacher = packaged_model(self.teacher)
         super().__post_init__()
 
 

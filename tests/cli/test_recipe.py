@@ -7,6 +7,7 @@ import pytest
 from hf_compress.cli.arguments import CompressArguments
 from hf_compress.cli.recipe import parse
 from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.samples import minilm
 
 KINDS = (CompressArguments, DistillationArguments)
 NAMES = "model: m\ndataset: d\noutput_dir: o\n"
@@ -76,3 +77,9 @@ def test_wrong_types(tmp_path, line, message):
     (tmp_path / "r.yaml").write_text(NAMES + line)
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(["--config", str(tmp_path / "r.yaml")], *KINDS)
+
+
+def test_a_teacher_may_be_a_packaged_model_too():
+    flags = ["--model", "m", "--output_dir", "o", "--teacher", "all-minilm-l6-v2"]
+    compress, _ = parse(flags, *KINDS)
+    assert compress.teacher == minilm()
