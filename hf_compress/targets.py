@@ -60,9 +60,10 @@ def find_targets(
         the weight. Without it: the matrices of all Linear and Conv1D layers and of stacked experts.
     ignore: the same, to leave out.
 
-    Left out with a reason: embeddings and what is tied to them, output heads, routers, convolutions,
-    norms, biases, adapters, frozen and packed weights. A whole name in `targets` overrides the
-    reasons of choice (head, router, convolution, embedding), not those of necessity.
+    Left out with a reason: embeddings and what is tied to them, projections of raw sound, output heads,
+    routers, convolutions, norms, biases, adapters, frozen and packed weights. A whole name in `targets`
+    overrides the reasons of choice (head, router, convolution, embedding, projection), not those of
+    necessity.
 
     Raises ValueError when nothing is left, or when an entry matches no weight, naming near misses.
     """
@@ -70,6 +71,7 @@ def find_targets(
     selection = Selection()
     used: set[str] = set()
     heads = _head_modules(model)
+    projections = _sound_projections(model)
     tied = _tied_parameters(model)
     seen: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
@@ -86,7 +88,7 @@ def find_targets(
                 reason = f"ignored by {misses[0]!r}"
             named = any(entry in (name, module_name) for entry in hits)
             if reason is None and not named:
-                reason = _unwise(module, module in heads)
+                reason = _unwise(module, module in heads, module in projections)
             if reason is None and wanted and not hits:
                 reason = "not named in `targets`"
             if reason is None:
@@ -168,12 +170,14 @@ def _impossible(name: str, param: nn.Parameter, tied: bool) -> str | None:
     return None
 
 
-def _unwise(module: nn.Module, head: bool) -> str | None:
+def _unwise(module: nn.Module, head: bool, projection: bool) -> str | None:
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         return "embedding"
     if head:
         return "output head"
+    if projection:
+        return "projection of raw sound, the embedding of its model"
     if "Router" in kind or "Gate" in kind:
         return "router"
     if isinstance(module, (nn.Linear, Conv1D)) or "Experts" in kind:
@@ -202,6 +206,17 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
     if inner.base_model is not inner:
         heads |= set(inner.modules()) - set(inner.base_model.modules())
     return heads
+
+
+def _sound_projections(model: nn.Module) -> set[nn.Module]:
+    """Of Wav2Vec2 and its kin, between convolutions and layers: the classes of transformers initialise
+    them by name, and so cannot load them packed."""
+    return {
+        child
+        for module in model.modules()
+        if type(module).__name__.endswith("FeatureProjection")
+        for child in module.children()
+    }
 
 
 def counted(skipped: Mapping[str, str]) -> list[str]:

@@ -16,6 +16,7 @@ from tiny import (
     tiny_mixtral,
     tiny_t5,
     tiny_vit,
+    tiny_wav2vec2,
     tiny_whisper,
 )
 from transformers import (
@@ -61,6 +62,11 @@ def images(count=8):
 
 def speech(count=8):
     return {"input_features": random_sound(count), "labels": language(count)["labels"]}
+
+
+def waves(count=8):
+    sound = torch.randn(count, 400, generator=torch.Generator().manual_seed(0))
+    return {"input_values": sound, "labels": torch.arange(count) % 2}
 
 
 def decoder(config, model, **sizes):
@@ -201,6 +207,9 @@ ANATOMIES = {
     "t5": Anatomy(tiny_t5, translation, 2 * 2 * 32, 3 * 4 * 8 * 32, generates=True),
     "mt5": Anatomy(tiny_mt5, translation, 2 * GATED, 3 * 4 * 4 * 32, generates=True),
     "vit": Anatomy(tiny_vit, images, LINEAR_PAIR, 4 * 8 * 32 + 3 * 8),
+    "wav2vec2": Anatomy(
+        lambda layers=2: tiny_wav2vec2(layers=layers, hidden=32, neurons=64), waves, LINEAR_PAIR
+    ),
     "whisper": Anatomy(tiny_whisper, speech, 2 * LINEAR_PAIR, generates=True),
 }
 

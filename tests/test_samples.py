@@ -42,6 +42,21 @@ def test_digits():
     assert brightest == 255
 
 
+def test_spoken_digits_of_speakers_that_only_the_test_has():
+    pytest.importorskip("espeakng_loader")
+    data = corpus("spoken-digits")
+    assert (len(data["train"]), len(data["test"])) == (960, 320)
+    assert not set(data["train"]["speaker"]) & set(data["test"]["speaker"])
+    row = data["test"].with_format("numpy")[0]
+    loudest = abs(row["audio"]["array"]).max()
+    assert row["audio"]["sampling_rate"] == 16_000
+    assert 0.05 < loudest <= 1
+    lengths = [len(sound["array"]) / 16_000 for sound in data["test"]["audio"]]
+    assert min(lengths) > 0.1
+    assert max(lengths) < 1
+    assert len({*lengths}) > 200
+
+
 def test_a_packaged_model_by_its_name():
     assert packaged_model("all-minilm-l6-v2") == minilm()
     with pytest.raises(ValueError, match="smollm2-135m-instruct"):

@@ -120,8 +120,9 @@ def whisper():
         ),
         (
             wav2vec2,
-            6 + 1,
+            6,
             {
+                "projection of raw sound, the embedding of its model",
                 "bias or norm",
                 "Conv1d weights are compressed only when named",
                 "ParametrizationList weights are compressed only when named",

@@ -241,15 +241,15 @@ def tiny_whisper(layers=2, seed=0):
     )
 
 
-def tiny_wav2vec2(seed=0):
+def tiny_wav2vec2(layers=1, hidden=16, neurons=16, seed=0):
     """Takes `input_values` (rows, samples)."""
     torch.manual_seed(seed)
     return Wav2Vec2ForSequenceClassification(
         Wav2Vec2Config(
-            hidden_size=16,
-            num_hidden_layers=1,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
             num_attention_heads=2,
-            intermediate_size=16,
+            intermediate_size=neurons,
             conv_dim=(8, 8),
             conv_kernel=(10, 8),
             conv_stride=(5, 4),

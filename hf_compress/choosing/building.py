@@ -30,10 +30,10 @@ FORMAT = "compressed-tensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """The pass that is timed: rows, tokens of each, and how often."""
+    """The pass that is timed: rows, tokens or samples of each (None for what has none), how often."""
 
     batch: int
-    length: int
+    length: int | None
     runs: int = 30
 
 

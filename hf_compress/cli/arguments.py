@@ -7,6 +7,8 @@ from typing import Literal
 
 from hf_compress.samples import CORPORA, MODELS, packaged_model
 
+Task = Literal["text-classification", "image-classification", "audio-classification", "causal-lm"]
+
 
 @dataclass(kw_only=True)
 class DataArguments:
@@ -25,13 +27,23 @@ class DataArguments:
             f"a packaged corpus: {', '.join(CORPORA)}."
         },
     )
-    task: Literal["text-classification", "image-classification", "causal-lm"] = "text-classification"
+    task: Task = "text-classification"
     dataset_config: str | None = None
     train_split: str = "train"
     text_column: str = "text"
     image_column: str = "image"
+    audio_column: str = field(
+        default="audio",
+        metadata={"help": "Of `datasets.Audio`, or with the samples as `array` and `sampling_rate`."},
+    )
     label_column: str = "label"
     max_length: int = field(default=128, metadata={"help": "Tokens for each row; longer ones are cut."})
+    max_seconds: float = field(
+        default=10.0,
+        metadata={
+            "help": "Of raw sound; longer rows are cut. A spectrogram has the length of its extractor."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.model in MODELS:
@@ -40,7 +52,16 @@ class DataArguments:
     @property
     def input_column(self) -> str:
         """Of what the model reads."""
-        return self.image_column if self.task == "image-classification" else self.text_column
+        columns = {
+            "image-classification": self.image_column,
+            "audio-classification": self.audio_column,
+        }
+        return columns.get(self.task, self.text_column)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model reads tokens."""
+        return self.task in ("text-classification", "causal-lm")
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,8 @@ from transformers import (
 from hf_compress.calibration.batches import Batch
 from hf_compress.cli.arguments import CalibrationArguments
 from hf_compress.cli.checks import check_folder
-from hf_compress.cli.data import bare_name, label_names, load_shuffled, load_tokenizer, tokenized
+from hf_compress.cli.data import bare_name, label_names, load_shuffled
+from hf_compress.cli.inputs import load_tokenizer, tokenized
 from hf_compress.measure import environment
 from hf_compress.publishing.audit import Audit
 
@@ -39,7 +40,7 @@ def check(arguments: CalibrationArguments, reads: Reads) -> None:
     were launched."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this command is one process, which uses all GPUs: launch only one.")
-    if arguments.task == "image-classification":
+    if not arguments.reads_text:
         raise ValueError("this command reads texts: pass a `task` of text.")
     for name in ("rows", "batch_size", "max_length"):
         if vars(arguments)[name] < 1:

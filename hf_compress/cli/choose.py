@@ -27,6 +27,7 @@ from hf_compress.cli.arguments import CompressArguments, DataArguments
 from hf_compress.cli.checks import check_folder
 from hf_compress.cli.errors import UserError, refusing
 from hf_compress.cli.recipe import parse
+from hf_compress.cli.tasks import is_untrained
 from hf_compress.cli.trainings import Trainings
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.stacks import find_stacks
@@ -105,8 +106,11 @@ class ChooseArguments(DataArguments):
             dataset_config=self.dataset_config,
             train_split=self.train_split,
             text_column=self.text_column,
+            image_column=self.image_column,
+            audio_column=self.audio_column,
             label_column=self.label_column,
             max_length=self.max_length,
+            max_seconds=self.max_seconds,
             eval_split=self.eval_split,
             max_train_rows=self.max_train_rows,
             max_eval_rows=self.max_eval_rows,
@@ -181,8 +185,8 @@ def _check(
 ) -> tuple[Path, Limits, Destination | None]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this command is one process: launch only one.")
-    if arguments.task == "image-classification":
-        raise ValueError("this command reads texts: pass a `task` of text.")
+    if arguments.dense_epochs is None and is_untrained(arguments.model):
+        raise ValueError(f"{arguments.model} has a config and no weights: pass `dense_epochs`.")
     limits = arguments.limits()
     for name in ("finalists", "latency_batch"):
         if vars(arguments)[name] < 1:

@@ -1,19 +1,11 @@
-"""From a name to splits of what a model reads: tokens, or the pixels of images."""
+"""From a name to splits of raw rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    BaseImageProcessor,
-    PreTrainedTokenizerBase,
-)
 
 from hf_compress.cli.arguments import CompressArguments, DataArguments
 from hf_compress.samples import CORPORA, corpus
@@ -69,74 +61,6 @@ def label_names(train: Dataset, column: str) -> list[str]:
     return [str(value) for value in sorted(set(train[column]))]
 
 
-def tokenized(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: DataArguments,
-    names: list[str] | None,
-) -> Dataset:
-    """Rows of token ids, cut to `max_length`; `labels` are indices into `names`, or the ids."""
-    text, label = arguments.text_column, arguments.label_column
-    classes = None if names is None else rows.features[label]
-
-    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = tokenizer(batch[text], truncation=True, max_length=arguments.max_length)
-        if names is None:
-            return dict(encoded)
-        values = batch[label]
-        if isinstance(classes, ClassLabel):
-            values = classes.int2str(values)
-        return {**encoded, "labels": [names.index(str(value)) for value in values]}
-
-    return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
-
-
-def with_pixels(
-    rows: Dataset, processor: BaseImageProcessor, arguments: DataArguments, names: list[str]
-) -> Dataset:
-    """Rows of `pixel_values`, as tensors; `labels` are indices into `names`."""
-    image, label = arguments.image_column, arguments.label_column
-    classes = rows.features[label]
-
-    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        values = batch[label]
-        if isinstance(classes, ClassLabel):
-            values = classes.int2str(values)
-        pixels = processor(batch[image], return_tensors="np")["pixel_values"]
-        return {"pixel_values": pixels, "labels": [names.index(str(value)) for value in values]}
-
-    made = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Reading images")
-    return made.with_format("torch")
-
-
-def load_image_processor(model: str) -> BaseImageProcessor:
-    """That of the model. Raises ValueError where there is none."""
-    try:
-        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`model` {model!r} has no image processor: {error}") from error
-    return processor
-
-
-def load_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase:
-    """That of the model. Raises ValueError where there is none, and for a `max_length` that the model
-    or its tokenizer is not made for."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        config = AutoConfig.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        # Without a connection transformers does not say of which model it speaks.
-        raise ValueError(f"`model` {arguments.model!r} cannot be loaded: {error}") from error
-    # Not every architecture counts positions, and not every tokenizer knows of its model's.
-    positions = getattr(config, "max_position_embeddings", None) or arguments.max_length
-    most = min(positions, tokenizer.model_max_length)
-    if arguments.max_length > most:
-        raise ValueError(
-            f"`max_length` is {arguments.max_length}: {arguments.model} is for at most {most} tokens."
-        )
-    return tokenizer
-
-
 def bare_name(place: str | None) -> str | None:
     """Without the folders of this machine."""
     return place if place is None or not Path(place).exists() else Path(place).name
@@ -173,6 +97,6 @@ def _train_split(data: DatasetDict, arguments: DataArguments, *, labelled: bool)
         if column not in train.column_names:
             raise ValueError(
                 f"{arguments.dataset} has no column {column!r}, only {train.column_names}: name it by "
-                "`text_column`, `image_column` and `label_column`."
+                "`text_column`, `image_column`, `audio_column` and `label_column`."
             )
     return train

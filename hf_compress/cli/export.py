@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_compress.cli.data import bare_name
 from hf_compress.cli.errors import refusing
 from hf_compress.cli.recipe import parse
-from hf_compress.cli.rows import Evaluation, batches, load_rows
+from hf_compress.cli.rows import Evaluation, batches, load_rows, task_of_inputs
 from hf_compress.exporting.export import export_folder
 from hf_compress.exporting.formats import RUNTIMES, check_installed
 from hf_compress.exporting.loading import load_floats
@@ -42,8 +42,11 @@ class ExportArguments:
     train_split: str = field(default="train", metadata={"help": "The rows of calibration are of it."})
     eval_split: str | None = field(default=None, metadata={"help": "By default test or validation."})
     text_column: str = "text"
+    image_column: str = "image"
+    audio_column: str = "audio"
     label_column: str = "label"
     max_length: int = field(default=128, metadata={"help": "Tokens of a row, also of those timed."})
+    max_seconds: float = field(default=10.0, metadata={"help": "Of raw sound."})
     max_eval_rows: int | None = None
     calibration_rows: int = 128
     batch_size: int = 16
@@ -86,13 +89,13 @@ def _data(
     """Batches to compare on, batches to calibrate by, and what they are."""
     if arguments.dataset is None:
         return [], [], {}
-    settings: dict[str, Any] = {
-        "dataset_config": arguments.dataset_config,
-        "text_column": arguments.text_column,
-        "label_column": arguments.label_column,
-        "max_length": arguments.max_length,
-        "batch_size": arguments.batch_size,
-    }
+    read = {
+        "text-classification": ("text_column", "max_length"),
+        "image-classification": ("image_column",),
+        "audio-classification": ("audio_column", "max_seconds"),
+    }[task_of_inputs(model)]
+    names = ("dataset_config", "label_column", "batch_size", *read)
+    settings: dict[str, Any] = {"text_column": None} | {name: vars(arguments)[name] for name in names}
     how = Evaluation(split=arguments.eval_split, rows=arguments.max_eval_rows, **settings)
     rows = load_rows(model, folder, arguments.dataset, how)
     calibration: list[dict[str, Any]] = []

@@ -41,8 +41,8 @@ def check_methods(arguments: CompressArguments) -> None:
             raise ValueError(
                 f"`load_bits` freezes the model, so that `{name}` has nothing to train: choose one."
             )
-    if arguments.task == "image-classification":
-        raise ValueError("`load_bits` is for tasks of text; for images pass `bits`.")
+    if not arguments.reads_text:
+        raise ValueError("`load_bits` is for tasks of text; for images and sound pass `bits`.")
 
 
 def quantization_callback(arguments: CompressArguments) -> QuantizationCallback | None:

@@ -18,12 +18,7 @@ from hf_compress.publishing.folder import on_main_process
 from hf_compress.publishing.publish import publish
 
 # Rows of the batch whose latency is measured; a language model mostly answers one.
-TIMED = {"text-classification": 16, "image-classification": 16, "causal-lm": 1}
-METRICS = {
-    "text-classification": "accuracy",
-    "image-classification": "accuracy",
-    "causal-lm": "perplexity",
-}
+TIMED, TIMED_OF_LANGUAGE = 16, 1
 
 
 def publish_run(
@@ -37,13 +32,14 @@ def publish_run(
 ) -> None:
     """`publish` with what the arguments tell. On several ranks call it on each."""
     how = Evaluation.of(arguments, split=split, batch_size=trainer.args.eval_batch_size)
+    language = arguments.task == "causal-lm"
     publish(
         trainer,
         folder=folder,
         baseline=baseline,
         baseline_name=baseline_name,
         memory=arguments.measure_memory,
-        inputs=_timed(trainer, TIMED[arguments.task]),
+        inputs=_timed(trainer, TIMED_OF_LANGUAGE if language else TIMED),
         base_model=arguments.base_model,
         license=arguments.license,
         language=arguments.language,
@@ -51,7 +47,7 @@ def publish_run(
         dataset=bare_name(arguments.dataset),
         split=split,
         evaluation=asdict(how),
-        metric=METRICS[arguments.task],
+        metric="perplexity" if language else "accuracy",
     )
 
 

@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, set_se
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.cli.arguments import CompressArguments
 from hf_compress.cli.checks import check_folder
-from hf_compress.cli.data import label_names, load_splits, tokenized
+from hf_compress.cli.data import label_names, load_splits
 from hf_compress.cli.errors import refusing
+from hf_compress.cli.inputs import tokenized
 from hf_compress.cli.published import print_table, publish_run
 from hf_compress.cli.tasks import compute_accuracy, load_model
 from hf_compress.distillation.arguments import DistillationArguments

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,24 +11,28 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoFeatureExtractor,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
 )
 
-from hf_compress.cli.arguments import CompressArguments, DataArguments
-from hf_compress.cli.data import (
-    first_rows,
-    held_out,
-    load_all,
-    load_image_processor,
-    tokenized,
-    with_pixels,
-)
-from hf_compress.cli.tasks import language_collator
+from hf_compress.cli.arguments import CompressArguments, DataArguments, Task
+from hf_compress.cli.data import first_rows, held_out, load_all
+from hf_compress.cli.inputs import collator_of, load_processor, prepared
 from hf_compress.publishing.scores import task_of
+
+_TASKS: dict[str, Task] = {
+    "pixel_values": "image-classification",
+    "input_values": "audio-classification",
+    "input_features": "audio-classification",
+}
+
+
+def task_of_inputs(model: PreTrainedModel) -> Task:
+    """Of classifying what `model` reads."""
+    return _TASKS.get(model.main_input_name, "text-classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +40,11 @@ class Evaluation:
     """How rows were made for an evaluation: what `report.json` keeps so that it can be done again.
 
     split: name of the split; with `tenth_of` no split, but a tenth of the one of that name; None for
-        the only one, or "test" or "validation". text_column, image_column, label_column: of raw rows;
-        None for what the model does not read.
-    max_length: tokens of a row; None for as many as the model takes. rows: so many of them at random,
-        None for all. batch_size: rows of a batch, on which Trainer's mean of the loss depends.
+        the only one, or "test" or "validation". text_column, image_column, audio_column, label_column:
+        of raw rows; None for what the model does not read.
+    max_length: tokens of a row; None for as many as the model takes. max_seconds: of raw sound; None
+        where there is none. rows: so many of them at random, None for all. batch_size: rows of a batch,
+        on which Trainer's mean of the loss depends.
     """
 
     split: str | None = None
@@ -47,8 +52,10 @@ class Evaluation:
     dataset_config: str | None = None
     text_column: str | None = "text"
     image_column: str | None = None
+    audio_column: str | None = None
     label_column: str | None = "label"
     max_length: int | None = None
+    max_seconds: float | None = None
     rows: int | None = None
     batch_size: int = 32
 
@@ -56,15 +63,18 @@ class Evaluation:
     def of(cls, arguments: CompressArguments, *, split: str, batch_size: int) -> Evaluation:
         """Of a command. split: what `load_splits` calls it."""
         there = split == arguments.eval_split
+        reads, hears = arguments.reads_text, arguments.task == "audio-classification"
         sees = arguments.task == "image-classification"
         return cls(
             split=split if there else None,
             tenth_of=None if there else arguments.train_split,
             dataset_config=arguments.dataset_config,
-            text_column=None if sees else arguments.text_column,
+            text_column=arguments.text_column if reads else None,
             image_column=arguments.image_column if sees else None,
+            audio_column=arguments.audio_column if hears else None,
             label_column=None if arguments.task == "causal-lm" else arguments.label_column,
-            max_length=None if sees else arguments.max_length,
+            max_length=arguments.max_length if reads else None,
+            max_seconds=arguments.max_seconds if hears else None,
             rows=arguments.max_eval_rows,
             batch_size=batch_size,
         )
@@ -90,37 +100,39 @@ def load_rows(model: PreTrainedModel, folder: Path, data: str, how: Evaluation) 
     rows = first_rows(rows, how.rows)
     if model.main_input_name in rows.column_names:
         return rows
-    arguments.text_column = how.text_column or arguments.text_column
-    arguments.image_column = how.image_column or arguments.image_column
-    arguments.label_column = how.label_column or arguments.label_column
-    causal, sees = task_of(model) == "tokens", model.main_input_name == "pixel_values"
-    tokenizer = None if sees else load_folder_tokenizer(folder)
-    if tokenizer is None and not sees:
-        raise ValueError(
-            f"{data} has no column {model.main_input_name!r}, and the model no tokenizer: pass rows of "
-            "what the model takes."
-        )
-    column = arguments.image_column if sees else arguments.text_column
+    for name, value in asdict(how).items():
+        if value is not None and name.endswith(("_column", "max_length", "max_seconds")):
+            setattr(arguments, name, value)
+    causal = task_of(model) == "tokens"
+    arguments.task = "causal-lm" if causal else task_of_inputs(model)
+    if arguments.reads_text:
+        tokenizer = load_folder_tokenizer(folder)
+        if tokenizer is None:
+            raise ValueError(
+                f"{data} has no column {model.main_input_name!r}, and the model no tokenizer: pass "
+                "rows of what the model takes."
+            )
+        arguments.max_length = how.max_length or _longest(model, tokenizer)
+    column = arguments.input_column
     for name in [column] if causal else [column, arguments.label_column]:
         if name not in rows.column_names:
             raise ValueError(f"{data} has no column {name!r}, only {rows.column_names}.")
     names = None if causal else _class_names(rows, arguments.label_column, model)
-    if tokenizer is None:
-        return with_pixels(rows, load_image_processor(str(folder)), arguments, names or [])
-    arguments.max_length = how.max_length or _longest(model, tokenizer)
-    return tokenized(rows, tokenizer, arguments, names)
+    return prepared(rows, load_processor(arguments), arguments, names)
 
 
 def batches(rows: Dataset, folder: Path, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """In the order of the rows, padded to the longest row of each batch."""
-    tokenizer = load_folder_tokenizer(folder)
-    labelled = {"label", "labels"} & set(rows.column_names)
     collate: Any = default_data_collator
-    if tokenizer is not None and "input_ids" in rows.column_names:
-        if not labelled:
-            collate = language_collator(tokenizer)
-        elif not isinstance(rows[0]["labels" if "labels" in rows.column_names else "label"], list):
-            collate = DataCollatorWithPadding(tokenizer)
+    processor: Any = None
+    if "input_ids" in rows.column_names:
+        processor = load_folder_tokenizer(folder)
+    elif "input_values" in rows.column_names and (folder / "preprocessor_config.json").is_file():
+        processor = AutoFeatureExtractor.from_pretrained(folder)
+    labels = next((name for name in ("labels", "label") if name in rows.column_names), None)
+    # Rows that have labels of their own tokens come padded.
+    if processor is not None and not (labels and isinstance(rows[0][labels], list)):
+        collate = collator_of(processor, labelled=labels is not None)
     yield from DataLoader(rows, batch_size=batch_size, collate_fn=collate)
 
 

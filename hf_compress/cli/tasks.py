@@ -11,30 +11,22 @@ import numpy as np
 from datasets import Dataset
 from transformers import (
     AutoConfig,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    DataCollatorForLanguageModeling,
-    DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedTokenizerBase,
-    default_data_collator,
 )
 
 from hf_compress.cli.arguments import CompressArguments
-from hf_compress.cli.data import (
-    label_names,
-    load_image_processor,
-    load_splits,
-    load_tokenizer,
-    tokenized,
-    with_pixels,
-)
+from hf_compress.cli.data import label_names, load_splits
+from hf_compress.cli.inputs import collator_of, load_processor, prepared
 from hf_compress.metrics import functions
 
 AUTO_CLASSES: dict[str, Any] = {
     "text-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
+    "audio-classification": AutoModelForAudioClassification,
     "causal-lm": AutoModelForCausalLM,
 }
 
@@ -42,7 +34,7 @@ AUTO_CLASSES: dict[str, Any] = {
 @dataclass(frozen=True)
 class Data:
     """Rows as the model takes them. names: of the classes, None for a language model. split: what the
-    eval rows are called. processing: the tokenizer, or the image processor."""
+    eval rows are called. processing: see `load_processor`."""
 
     train: Dataset
     test: Dataset
@@ -56,26 +48,12 @@ class Data:
 def load_data(arguments: CompressArguments) -> Data:
     """Raises ValueError for what is not there or does not fit, see `hf_compress.cli.data`."""
     train, test, split = load_splits(arguments)
-    if arguments.task == "image-classification":
-        processor = load_image_processor(arguments.model)
-        names = label_names(train, arguments.label_column)
-        train, test = (with_pixels(rows, processor, arguments, names) for rows in (train, test))
-        return Data(train, test, split, names, processor, default_data_collator, compute_accuracy)
-    tokenizer = load_tokenizer(arguments)
-    if arguments.task == "text-classification":
-        names = label_names(train, arguments.label_column)
-        train, test = (tokenized(rows, tokenizer, arguments, names) for rows in (train, test))
-        collator = DataCollatorWithPadding(tokenizer)
-        return Data(train, test, split, names, tokenizer, collator, compute_accuracy)
-    train, test = (tokenized(rows, tokenizer, arguments, None) for rows in (train, test))
-    return Data(train, test, split, None, tokenizer, language_collator(tokenizer), None)
-
-
-def language_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForLanguageModeling:
-    """Of a causal language model, whose padding has no labels."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    processor = load_processor(arguments)
+    labelled = arguments.task != "causal-lm"
+    names = label_names(train, arguments.label_column) if labelled else None
+    train, test = (prepared(rows, processor, arguments, names) for rows in (train, test))
+    collator = collator_of(processor, labelled=labelled)
+    return Data(train, test, split, names, processor, collator, compute_accuracy if labelled else None)
 
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -11,9 +11,7 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -25,9 +23,10 @@ from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.choosing.building import smaller, texts_within
 from hf_compress.choosing.candidates import Candidate
 from hf_compress.cli.arguments import CompressArguments
-from hf_compress.cli.data import first_rows, tokenized
+from hf_compress.cli.data import first_rows
+from hf_compress.cli.inputs import Processor, collator_of, prepared
 from hf_compress.cli.judging import Splits, compute_scores
-from hf_compress.cli.tasks import language_collator, load_model
+from hf_compress.cli.tasks import load_model
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.pruning.vocabulary.prune import prune_vocabulary
@@ -40,7 +39,7 @@ class Base:
     """A dense model, as it is or with its vocabulary cut, and rows for it."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     train: Dataset
     validation: Dataset
     test: Dataset
@@ -54,32 +53,32 @@ class Trainers:
         arguments: CompressArguments,
         training: DistillationArguments,
         splits: Splits,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Processor,
         *,
         dense: Path,
         scratch: Path,
     ) -> None:
         self.arguments, self.training, self.splits = arguments, training, splits
-        self.tokenizer, self.place, self.scratch = tokenizer, dense, scratch
+        self.processor, self.place, self.scratch = processor, dense, scratch
 
     @lru_cache(maxsize=2)  # noqa: B019  # as long as the one search that it is for
     def base(self, *, vocabulary: bool) -> Base:
         """The dense model with all of its vocabulary, or with that of what it reads of the training
         texts."""
         model: Any = load_model(replace(self.arguments, model=str(self.place)), self.splits.names)
-        tokenizer: Any = self.tokenizer
+        processor: Any = self.processor
         if vocabulary:
             texts = self.splits.train[self.arguments.text_column]
-            seen = texts_within(tokenizer, texts, self.arguments.max_length)
-            model, tokenizer = prune_vocabulary(model, tokenizer, seen)
-        return self.based(model, tokenizer)
+            seen = texts_within(processor, texts, self.arguments.max_length)
+            model, processor = prune_vocabulary(model, processor, seen)
+        return self.based(model, processor)
 
-    def based(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Base:
-        """A model with the rows as its tokenizer makes them."""
+    def based(self, model: PreTrainedModel, processor: Processor) -> Base:
+        """A model with the rows as its tokenizer, or another processor, makes them."""
         raw = (self.splits.train, self.splits.validation, self.splits.test)
         names = self.splits.names
         return Base(
-            model, tokenizer, *(tokenized(rows, tokenizer, self.arguments, names) for rows in raw)
+            model, processor, *(prepared(rows, processor, self.arguments, names) for rows in raw)
         )
 
     def of_candidate(self, candidate: Candidate, steps: int) -> Trainer:
@@ -120,8 +119,8 @@ class Trainers:
             ),
             "train_dataset": base.train,
             "eval_dataset": base.validation,
-            "processing_class": base.tokenizer,
-            "data_collator": self._collator(base.tokenizer),
+            "processing_class": base.processor,
+            "data_collator": self._collator(base.processor),
             "compute_metrics": None if self.splits.names is None else compute_scores,
             "callbacks": callbacks,
         }
@@ -135,14 +134,12 @@ class Trainers:
             trainer.remove_callback(callback)
         return trainer
 
-    def _collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        if self.splits.names is not None:
-            return DataCollatorWithPadding(tokenizer)
-        return language_collator(tokenizer)
+    def _collator(self, processor: Processor) -> Any:
+        return collator_of(processor, labelled=self.splits.names is not None)
 
     def _calibration(self, base: Base) -> list[dict[str, Tensor]]:
         rows = first_rows(base.train, CALIBRATION)
-        collate, size = self._collator(base.tokenizer), self.training.per_device_train_batch_size
+        collate, size = self._collator(base.processor), self.training.per_device_train_batch_size
         starts = range(0, len(rows), size)
         cuts = [range(start, min(start + size, len(rows))) for start in starts]
         return [dict(collate([rows[place] for place in cut])) for cut in cuts]

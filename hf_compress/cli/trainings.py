@@ -21,7 +21,8 @@ from hf_compress.choosing.limits import Measured
 from hf_compress.choosing.records import digest_of
 from hf_compress.choosing.search import DENSE, Choice, Finished, Trained
 from hf_compress.cli.arguments import CompressArguments
-from hf_compress.cli.data import bare_name, load_tokenizer
+from hf_compress.cli.data import bare_name
+from hf_compress.cli.inputs import is_padded, load_processor, prepared
 from hf_compress.cli.judging import metric_of, three_splits
 from hf_compress.cli.rows import Evaluation
 from hf_compress.cli.tasks import load_model
@@ -37,7 +38,7 @@ _ASIDE = ("output_dir", "logging_", "push_to_hub", "hub_", "disable_tqdm", "repo
 
 
 class Trainings:
-    """A `hf_compress.choosing.search.Work` of Trainers, for texts with or without labels.
+    """A `hf_compress.choosing.search.Work` of Trainers, for texts, images and sound.
 
     folder: where the dense model and the finalists go. key: names everything that the results depend
     on. Raises ValueError for rows, columns, a model and a metric that do not go together, before any
@@ -58,10 +59,12 @@ class Trainings:
     ) -> None:
         self.arguments, self.training, self.folder = arguments, training, folder
         self.dense_epochs, self.memory = dense_epochs, memory
-        self.timed = Timed(batch=latency_batch, length=arguments.max_length)
         self.metric = metric_of(metric, labelled=arguments.task != "causal-lm")
         self.splits = three_splits(arguments, validation_split)
-        self.tokenizer = load_tokenizer(arguments)
+        self.processor = load_processor(arguments)
+        self.timed = Timed(batch=latency_batch, length=self._length())
+        # What is no text, image or sound is refused before any work.
+        prepared(self.splits.train.select([0]), self.processor, arguments, self.splits.names)
         set_seed(training.seed)
         self.model: Any = load_model(arguments, self.splits.names)
         self.steps = training.max_steps
@@ -71,7 +74,7 @@ class Trainings:
             arguments,
             training,
             self.splits,
-            self.tokenizer,
+            self.processor,
             dense=self.place(DENSE),
             scratch=folder / "training",
         )
@@ -80,15 +83,15 @@ class Trainings:
     @property
     def cuts_vocabulary(self) -> bool:
         """Whether there is a fast tokenizer, whose tokens can be told apart."""
-        return isinstance(self.tokenizer, PreTrainedTokenizerFast)
+        return isinstance(self.processor, PreTrainedTokenizerFast)
 
     def check(self, candidates: Sequence[Candidate]) -> None:
         """Raises ValueError where one of `candidates` cannot be made of the model or its tokenizer."""
         check(candidates, self.model)
         if not self.cuts_vocabulary and any(each.vocabulary for each in candidates):
             raise ValueError(
-                f"the tokenizer is a {type(self.tokenizer).__name__}, whose vocabulary cannot be cut: "
-                "leave `vocabulary` out of the space."
+                f"the model has a {type(self.processor).__name__} and no fast tokenizer, of which a "
+                "vocabulary could be cut: leave `vocabulary` out of the space."
             )
 
     def dense(self) -> Finished:
@@ -96,13 +99,13 @@ class Trainings:
         if self.dense_epochs is not None:
             set_seed(self.training.seed)
             steps = _steps(self.training, len(self.splits.train), self.dense_epochs)
-            base = self.trainers.based(self.model, self.tokenizer)
+            base = self.trainers.based(self.model, self.processor)
             trained = self._train(self.trainers.of_model(base, self.model, steps), steps)
         place = self.place(DENSE)
         unfinished = place.with_name(f".{DENSE}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         self.model.save_pretrained(unfinished)
-        self.tokenizer.save_pretrained(unfinished)
+        self.processor.save_pretrained(unfinished)
         shutil.rmtree(place, ignore_errors=True)
         unfinished.rename(place)
         scores = self._dense_scores
@@ -188,6 +191,13 @@ class Trainings:
                 f"Caution: of {rows:,} validation rows an accuracy of {score:.3f} has a standard error "
                 f"of {error:.1f} points, more than the drop of {drop:g} that is to be seen."
             )
+
+    def _length(self) -> int | None:
+        """Tokens or samples of the pass that is timed; None of images and spectrograms."""
+        if self.arguments.reads_text:
+            return self.arguments.max_length
+        raw = is_padded(self.processor)
+        return round(self.arguments.max_seconds * self.processor.sampling_rate) if raw else None
 
     @cached_property
     def _dense_scores(self) -> dict[str, dict[str, float]]:

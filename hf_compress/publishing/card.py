@@ -187,6 +187,7 @@ def _complete(report: Mapping[str, Any]) -> dict[str, Any]:
     told = {
         **{"structure": {}, "language": None, "evaluation": None},
         **{"adapters": None, "image_processor": False, "exports": {}, "choice": None},
+        "feature_extractor": False,
         **report,
     }
     for part, later in (("dataset", "revision"), ("license", "link"), ("base_model", "revision")):

@@ -13,7 +13,12 @@ from typing import Any
 from accelerate import PartialState
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SequenceFeatureExtractor,
+)
 from transformers.modelcard import TASK_MAPPING
 
 from hf_compress.measure import CompressionReport
@@ -221,6 +226,7 @@ def publish(
                 "integers": integers,
                 "tokenizer": isinstance(processing_class, PreTrainedTokenizerBase),
                 "image_processor": isinstance(processing_class, BaseImageProcessor),
+                "feature_extractor": isinstance(processing_class, SequenceFeatureExtractor),
                 "adapters": describe_adapters(model, found),
                 "history": history,
             }

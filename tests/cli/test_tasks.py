@@ -90,7 +90,7 @@ def test_adapters_on_a_base_in_four_bit(language_model, texts, tmp_path):
     [
         (("--load_bits", "4", "--sparsity", "0.5"), "`sparsity` has nothing to train"),
         (("--load_bits", "4", "--bits", "8"), "`bits` has nothing to train"),
-        (("--load_bits", "4", "--task", "image-classification"), "for images pass `bits`"),
+        (("--load_bits", "4", "--task", "image-classification"), "for images and sound pass `bits`"),
         (("--bits", "1"), "`bits`"),
         (("--group_size", "32", "--sparsity", "0.5"), "`group_size` is there, but no `bits`"),
         (("--format", "torchao", "--sparsity", "0.5"), "`format` is there, but no `bits`"),

@@ -176,6 +176,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         ),
     ),
+    "wav2vec2": Architecture(
+        stacks=(
+            Stack(
+                layers="encoder.layers",
+                depth="num_hidden_layers",
+                mask=None,  # that of a batch is of samples, not of the frames that layers see
+                ffn=_ffn(
+                    "intermediate_size",
+                    ["feed_forward.intermediate_dense"],
+                    "feed_forward.output_dense",
+                ),
+            ),
+        ),
+        cannot=_DERIVED,
+    ),
     "whisper": Architecture(
         stacks=(
             Stack(
