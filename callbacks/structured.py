@@ -37,7 +37,8 @@ class StructuredPruningCallback(ConstrainingCallback):
         trainer.train()
         shrink(trainer.model).save_pretrained("smaller")
 
-    Layers and experts are removed before the training, by `prune_structure`.
+    Layers, experts and hidden features are removed before the training, by `prune_structure`: every
+    weight holds a part of each hidden feature, and takes one constraint of a kind.
 
     Logs `ffn_sparsity` and `heads_sparsity`, the fractions that are gone. No checkpoint counts as the
     best before the target is reached. Resuming gives the same weights as never having stopped.

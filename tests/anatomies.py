@@ -139,6 +139,7 @@ class Anatomy:
     """neuron, head, expert: the number of weights that one in one layer owns; 0 where it has none.
 
     For encoder-decoders a neuron in one encoder and one decoder layer, and a head in both stacks.
+    feature: the number of weights that a hidden feature owns in two layers and outside of them.
     """
 
     make: Callable
@@ -146,24 +147,35 @@ class Anatomy:
     neuron: int
     head: int = 0
     expert: int = 0
+    feature: int = 0
     generates: bool = False
 
 
 LINEAR_PAIR = 32 + 1 + 32  # a row with its bias, and a column
 GATED = 3 * 32
 GROUP = (2 * 8 + 8 + 8) * 32 + 2 * 8 * 32  # of two query heads of 8: rows of q, k, v, columns of o
+ATTENTION = 4 * 8 + 2 * 8 + 2 * 8 + 4 * 8  # of one hidden feature: columns of q, k, v, a row of o
+ENDS = 2 * VOCABULARY + 1  # in the embedding, the head and the last norm
 
 ANATOMIES = {
     "bert": Anatomy(tiny_bert, text, LINEAR_PAIR),
     "distilbert": Anatomy(tiny_distilbert, text, LINEAR_PAIR),
     "roberta": Anatomy(tiny_roberta, text, LINEAR_PAIR),
     "gpt2": Anatomy(tiny_gpt2, language, LINEAR_PAIR, generates=True),
-    "llama": Anatomy(tiny_llama, language, GATED, GROUP, generates=True),
+    "llama": Anatomy(
+        tiny_llama,
+        language,
+        GATED,
+        GROUP,
+        feature=2 * (2 + ATTENTION + 3 * 64) + ENDS,
+        generates=True,
+    ),
     "mistral": Anatomy(
         decoder(MistralConfig, MistralForCausalLM, intermediate_size=64),
         language,
         GATED,
         GROUP,
+        feature=2 * (2 + ATTENTION + 3 * 64) + ENDS,
         generates=True,
     ),
     "qwen2": Anatomy(  # with biases of q, k and v
@@ -171,6 +183,7 @@ ANATOMIES = {
         language,
         GATED,
         GROUP + 2 * 8 + 8 + 8,
+        feature=2 * (2 + ATTENTION + 3 * 64) + ENDS,
         generates=True,
     ),
     "qwen3": Anatomy(  # with heads of another size
@@ -178,9 +191,18 @@ ANATOMIES = {
         language,
         GATED,
         2 * GROUP,
+        feature=2 * (2 + 2 * ATTENTION + 3 * 64) + ENDS,
         generates=True,
     ),
-    "mixtral": Anatomy(tiny_mixtral, language, 0, GROUP, 3 * 64 * 32 + 32, generates=True),
+    "mixtral": Anatomy(
+        tiny_mixtral,
+        language,
+        0,
+        GROUP,
+        3 * 64 * 32 + 32,
+        feature=2 * (2 + ATTENTION + 4 * (3 * 64 + 1)) + ENDS,
+        generates=True,
+    ),
     "qwen2_moe": Anatomy(
         decoder(
             Qwen2MoeConfig,
@@ -193,6 +215,7 @@ ANATOMIES = {
         0,
         GROUP + 2 * 8 + 8 + 8,
         3 * 16 * 32 + 32,
+        feature=2 * (2 + ATTENTION + 5 * (3 * 16 + 1)) + ENDS,  # the shared expert has a gate too
         generates=True,
     ),
     "qwen3_moe": Anatomy(
@@ -201,11 +224,26 @@ ANATOMIES = {
         0,
         GROUP,
         3 * 16 * 32 + 32,
+        feature=2 * (2 + ATTENTION + 4 * (3 * 16 + 1)) + ENDS,
         generates=True,
     ),
     # Three attentions of which two have a position bias of 32 buckets in their first layer.
-    "t5": Anatomy(tiny_t5, translation, 2 * 2 * 32, 3 * 4 * 8 * 32, generates=True),
-    "mt5": Anatomy(tiny_mt5, translation, 2 * GATED, 3 * 4 * 4 * 32, generates=True),
+    "t5": Anatomy(
+        tiny_t5,
+        translation,
+        2 * 2 * 32,
+        3 * 4 * 8 * 32,
+        feature=2 * (5 + 3 * 4 * 32 + 2 * 2 * 64) + VOCABULARY + 2,
+        generates=True,
+    ),
+    "mt5": Anatomy(
+        tiny_mt5,
+        translation,
+        2 * GATED,
+        3 * 4 * 4 * 32,
+        feature=2 * (5 + 3 * 4 * 16 + 2 * 3 * 64) + VOCABULARY + 2,
+        generates=True,
+    ),
     "vit": Anatomy(tiny_vit, images, LINEAR_PAIR, 4 * 8 * 32 + 3 * 8),
     "wav2vec2": Anatomy(
         lambda layers=2: tiny_wav2vec2(layers=layers, hidden=32, neurons=64), waves, LINEAR_PAIR

@@ -34,6 +34,9 @@ class StructureArguments(CalibrationArguments):
     ffn: float = field(default=0.0, metadata={"help": "Fraction of feed-forward neurons that goes."})
     heads: float = field(default=0.0, metadata={"help": "Fraction of the attention heads that goes."})
     experts: float = field(default=0.0, metadata={"help": "Fraction of the experts that goes."})
+    hidden: float = field(
+        default=0.0, metadata={"help": "Fraction of the features of the residual stream that goes."}
+    )
     layers: int | None = field(default=None, metadata={"help": "How many layers stay; by default all."})
     speedup: float | None = field(
         default=None,
@@ -46,7 +49,8 @@ class StructureArguments(CalibrationArguments):
         default="taylor", metadata={"help": "What decides; magnitude and random read no data."}
     )
     round_to: int = field(
-        default=1, metadata={"help": "As many neurons stay as a multiple of it; 8 or 64 suit kernels."}
+        default=1,
+        metadata={"help": "Neurons and hidden features stay in multiples of it, such as 8 or 64."},
     )
     seed: int = 0
 
@@ -54,18 +58,19 @@ class StructureArguments(CalibrationArguments):
 def main(argv: list[str]) -> None:
     with refusing():
         (arguments,) = parse(argv, StructureArguments)
-        for name in ("ffn", "heads", "experts"):
-            check_fraction(name, vars(arguments)[name])
-        named = arguments.layers is not None or arguments.ffn or arguments.heads or arguments.experts
+        fractions = {kind: vars(arguments)[kind] for kind in ("ffn", "heads", "experts", "hidden")}
+        for kind, fraction in fractions.items():
+            check_fraction(kind, fraction)
+        named = arguments.layers is not None or any(fractions.values())
         budget = arguments.speedup is not None or arguments.max_bytes is not None
         if named and budget:
             raise ValueError(
-                "a budget says what goes: leave out `ffn`, `heads`, `experts` and `layers`."
+                "a budget says what goes: leave out `ffn`, `heads`, `experts`, `hidden` and `layers`."
             )
         if not (named or budget):
             raise ValueError(
-                "nothing to remove: pass `ffn`, `heads`, `experts` or `layers`, or a budget: `speedup` "
-                "or `max_bytes`."
+                "nothing to remove: pass `ffn`, `heads`, `experts`, `hidden` or `layers`, or a budget: "
+                "`speedup` or `max_bytes`."
             )
         reads: Reads = "labels" if budget else READS[arguments.score]
         check(arguments, reads)
@@ -97,6 +102,7 @@ def _named(
         ffn=arguments.ffn,
         heads=arguments.heads,
         experts=arguments.experts,
+        hidden=arguments.hidden,
         layers=arguments.layers,
         score=arguments.score,
         calibration=batches,

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hf_compress.cli.arguments import CalibrationArguments
 from hf_compress.cli.calibrated import loaded
@@ -41,9 +42,21 @@ def test_a_budget_is_met_and_told(classifier, tmp_path):
     assert told["removed"].get("ffn") or told["removed"]["layers"] < 4
 
 
+def test_hidden_features_of_a_language_model(language_model, texts, tmp_path):
+    settings = ["--model", language_model, "--dataset", texts, "--task", "causal-lm", "--rows", "12"]
+    settings += ["--max_length", "24", "--output_dir", str(tmp_path)]
+    main([*settings, "--hidden", "0.25", "--score", "activation"])
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert smaller.config.hidden_size == 24
+    told = json.loads((tmp_path / "structure.json").read_text())
+    assert told["found"]["parameters"] == smaller.num_parameters() == told["parameters_before"] * 3 // 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("--speedup", "2", "--hidden", "0.5"), "a budget says what goes: leave out.*`hidden`"),
+        (("--hidden", "0.5"), "LayerNorms subtract the mean.*What can be: ffn, layers"),
         (("--speedup", "2", "--ffn", "0.5"), "a budget says what goes: leave out"),
         (("--speedup", "0.5"), "above 1, such as 1.5"),
         (("--speedup", "2", "--max_bytes", "100"), "give one budget"),

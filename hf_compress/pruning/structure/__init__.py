@@ -1,1 +1,1 @@
-"""Neurons, heads, experts and layers that are really removed: smaller ordinary models."""
+"""Neurons, heads, experts, layers and hidden features, really removed: smaller ordinary models."""

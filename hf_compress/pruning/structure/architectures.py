@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Kind = Literal["ffn", "heads", "experts", "layers"]
+Kind = Literal["ffn", "heads", "experts", "hidden", "layers"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -47,10 +47,28 @@ class Stack:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """Features of the residual stream, which RMSNorms alone read: config fields of their number and
+    of the norms' epsilon.
+
+    heads: the field from which the size of a head follows where `head_dim` does not say it; None
+        where another field always does.
+    divided: the norm whose output the head divides by the root of the number, under
+        `scale_decoder_outputs`.
+    """
+
+    size: str
+    epsilon: str
+    heads: str | None = None
+    divided: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The stacks of a model type, from its backbone; and why a kind of unit cannot be removed."""
 
     stacks: tuple[Stack, ...]
+    hidden: Hidden | None = None
     cannot: dict[str, str] = field(default_factory=dict)
 
 
@@ -58,7 +76,11 @@ def _ffn(size: str, writers: Sequence[str], reader: str) -> tuple[Wiring, ...]:
     return (Wiring(fields=(size,), writers=tuple(writers), reader=reader),)
 
 
-_DERIVED = {"heads": "its head size is hidden size / number of heads, so fewer heads become wider ones"}
+_CENTRED = {"hidden": "its LayerNorms subtract the mean of all features, which is another without some"}
+_DERIVED = {
+    "heads": "its head size is hidden size / number of heads, so fewer heads become wider ones",
+    "hidden": f"{_CENTRED['hidden']}, and its head size is hidden size / number of heads",
+}
 _ONLY_EXPERTS = {"ffn": "its feed-forward layers are experts, of which it can lose whole ones"}
 
 _GROUPED_HEADS = (
@@ -68,6 +90,8 @@ _GROUPED_HEADS = (
         reader="self_attn.o_proj",
     ),
 )
+
+_RMS = Hidden(size="hidden_size", epsilon="rms_norm_eps", heads="num_attention_heads")
 
 _BERT = Architecture(
     stacks=(
@@ -89,13 +113,14 @@ _LLAMA = Architecture(
             heads=_GROUPED_HEADS,
         ),
     ),
+    hidden=_RMS,
 )
 
 
 def _mixture(field: str) -> Architecture:
     experts = (Wiring(fields=(field,), writers=("mlp.experts",), reader="mlp.gate"),)
     stack = Stack(layers="layers", depth="num_hidden_layers", heads=_GROUPED_HEADS, experts=experts)
-    return Architecture(stacks=(stack,), cannot=_ONLY_EXPERTS)
+    return Architecture(stacks=(stack,), hidden=_RMS, cannot=_ONLY_EXPERTS)
 
 
 def _t5_attention(path: str, *, aligned: bool) -> Wiring:
@@ -130,6 +155,7 @@ _T5 = Architecture(
             pinned="layer.0.SelfAttention.relative_attention_bias",
         ),
     ),
+    hidden=Hidden(size="d_model", epsilon="layer_norm_epsilon", divided="decoder.final_layer_norm"),
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -175,6 +201,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 ),
             ),
         ),
+        cannot=_CENTRED,
     ),
     "wav2vec2": Architecture(
         stacks=(

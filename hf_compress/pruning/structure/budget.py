@@ -16,12 +16,13 @@ from transformers.utils import logging
 from hf_compress.calibration.batches import Batch, check_calibration
 from hf_compress.frozen import evaluating
 from hf_compress.latency import compare_latency
+from hf_compress.pruning.structure.anatomy import Units
 from hf_compress.pruning.structure.architectures import Kind
-from hf_compress.pruning.structure.choice import check_round_to, count_kept, highest
+from hf_compress.pruning.structure.choice import ROUNDED, check_round_to, count_kept, highest
 from hf_compress.pruning.structure.config import smaller_config
 from hf_compress.pruning.structure.removal import remove_units
 from hf_compress.pruning.structure.scores import Scores, UnitScore, items_of, score_units
-from hf_compress.pruning.structure.units import Units, find_units
+from hf_compress.pruning.structure.units import find_units
 
 EIGHTHS = 8
 MOST_OPTIONS = 16
@@ -81,7 +82,7 @@ def fit_structure(
         of `inputs` in turn with the dense model, on this machine as it is now.
     max_bytes: instead, the most that the weights may take (a file has a header of some KB beside).
     inputs: what one call looks like; by default the first batch of the calibration.
-    kinds: of "ffn", "heads", "experts", "layers" those that may go; by default all that can.
+    kinds: of "ffn", "heads", "experts", "hidden", "layers" those that may go; by default all that can.
     score, round_to, seed: see `prune_structure`.
 
     Each kind is removed alone in up to 16 steps, which tells what each costs in loss and what the last
@@ -141,7 +142,7 @@ def _parts(model: PreTrainedModel, units: Sequence[Units], scores: Scores, round
     parts = []
     for kind in dict.fromkeys(u.kind for u in units if u.kind != "layers"):
         inside = tuple(u for u in units if u.kind == kind)
-        steps = EIGHTHS if kind == "ffn" else min(u.count for u in inside)
+        steps = EIGHTHS if kind in ROUNDED else min(u.count for u in inside)
         options = {}
         for gone in range(1, steps):
             try:
@@ -206,11 +207,12 @@ def _search(
     ]
     priced = [(choice, _predicted(parts, choice, shares, weights)) for *_, choice in sorted(choices)]
     bound, least = limit, math.inf
-    smallest, lowest = min(priced, key=lambda each: each[1])
+    by_price = sorted(priced, key=lambda each: each[1])
+    smallest, lowest = next(each for each in by_price if _possible(model, parts, each[0]))
     for _ in range(ATTEMPTS):
-        choice = next((choice for choice, price in priced if price <= bound), smallest)
-        kept = [p.options[left] for p, left in zip(parts, choice, strict=True) if left < 1]
-        smaller = remove_units(model, {name: units for each in kept for name, units in each.items()})
+        cheap = (choice for choice, price in priced if price <= bound)
+        choice = next((choice for choice in cheap if _possible(model, parts, choice)), smallest)
+        smaller = remove_units(model, _kept(parts, choice))
         found = cost(smaller.eval())
         if found <= limit:
             return smaller, choice, found
@@ -223,6 +225,20 @@ def _search(
         f"the budget is {limit:.3f} of what the dense model takes, and the nearest that was found "
         f"takes {least:.3f}: ask for less, allow more `kinds`, or quantize too."
     )
+
+
+def _kept(parts: Sequence[Part], choice: Sequence[float]) -> dict[str, list[int]]:
+    kept = [part.options[left] for part, left in zip(parts, choice, strict=True) if left < 1]
+    return {name: units for each in kept for name, units in each.items()}
+
+
+def _possible(model: PreTrainedModel, parts: Sequence[Part], choice: Sequence[float]) -> bool:
+    """Whether the config allows what its parts alone do: Llama's counts hidden features by heads."""
+    try:
+        smaller_config(model, _kept(parts, choice))
+    except ValueError:
+        return False
+    return True
 
 
 def _by_stack(part: Part, stacks: Iterable[Units]) -> dict[str, float]:
@@ -240,15 +256,19 @@ def _predicted(
     shares: Sequence[float],
     weights: Sequence[Mapping[str, float]],
 ) -> float:
-    """What layers cost is in proportion to their number; what is inside goes with them."""
+    """What layers cost is in proportion to their number, and what is inside goes with them; all that
+    is left is in proportion to the hidden features."""
     depth = {part.stack: left for part, left in zip(parts, choice, strict=True) if part.stack}
-    price = 1.0
+    price = width = 1.0
     for part, left, share, by_stack in zip(parts, choice, shares, weights, strict=True):
+        if part.setting == "hidden":
+            width -= share * (1 - left)
+            continue
         alive = 1.0
         if part.stack is None:
             alive -= sum(weight * (1 - depth[stack]) for stack, weight in by_stack.items())
         price -= share * (1 - left) * alive
-    return price
+    return price * width
 
 
 @torch.no_grad()

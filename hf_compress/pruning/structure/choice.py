@@ -8,12 +8,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.calibration.batches import Batch
+from hf_compress.pruning.structure.anatomy import Units
 from hf_compress.pruning.structure.architectures import Kind
 from hf_compress.pruning.structure.config import check_numbers, smaller_config
 from hf_compress.pruning.structure.scores import UnitScore, score_units
-from hf_compress.pruning.structure.units import Units, find_units
+from hf_compress.pruning.structure.units import find_units
 
 Layers = int | Sequence[int]
+ROUNDED: dict[Kind, str] = {"ffn": "neurons", "hidden": "features"}
+"""What there is so many of that any fraction is one of whole units."""
 
 
 def choose_units(
@@ -22,6 +25,7 @@ def choose_units(
     ffn: float = 0.0,
     heads: float = 0.0,
     experts: float = 0.0,
+    hidden: float = 0.0,
     layers: Layers | Mapping[str, Layers] | None = None,
     score: UnitScore = "taylor",
     calibration: Iterable[Batch] | None = None,
@@ -30,13 +34,18 @@ def choose_units(
 ) -> dict[str, list[int]]:
     """What `hf_compress.pruning.structure.removal.prune_structure` keeps, to look at or to change
     before it goes to `remove_units` or `zero_units_`. Arguments and errors as there."""
-    fractions: dict[Kind, float] = {"ffn": ffn, "heads": heads, "experts": experts}
+    fractions: dict[Kind, float] = {
+        "ffn": ffn,
+        "heads": heads,
+        "experts": experts,
+        "hidden": hidden,
+    }
     for kind, fraction in fractions.items():
         check_fraction(kind, fraction)
     check_round_to(round_to)
     kinds = [kind for kind, fraction in fractions.items() if fraction > 0]
     if not kinds and layers is None:
-        raise ValueError("nothing to remove: pass `ffn`, `heads`, `experts` or `layers`.")
+        raise ValueError("nothing to remove: pass `ffn`, `heads`, `experts`, `hidden` or `layers`.")
     inside = find_units(model, kinds)
     counts = {u.name: count_kept(u, fractions[u.kind], round_to) for u in inside}
     kept: dict[str, list[int]] = {}
@@ -73,25 +82,26 @@ def check_fraction(kind: str, fraction: float) -> None:
 
 
 def check_round_to(round_to: int) -> None:
-    """Raises ValueError where `round_to` is no number of neurons."""
+    """Raises ValueError where `round_to` is no number of neurons or hidden features."""
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"`round_to` is {round_to!r}: pass a number of neurons, 1 or more, such as 8.")
 
 
 def count_kept(units: Units, fraction: float, round_to: int = 1) -> int:
-    """How many of `units` stay when `fraction` goes; of neurons the nearest multiple of `round_to`.
+    """How many of `units` stay when `fraction` goes; of neurons and hidden features, the nearest
+    multiple of `round_to`.
 
     Raises ValueError where that is none or all of them, or parts of a head or an expert.
     """
     exact = units.count * (1.0 - fraction)
-    kept = round_to * round(exact / round_to) if units.kind == "ffn" else round(exact)
-    whole = units.kind == "ffn" or abs(exact - kept) < 1e-6
-    if whole and 0 < kept < units.count:
+    rounded = ROUNDED.get(units.kind)
+    kept = round_to * round(exact / round_to) if rounded else round(exact)
+    if (rounded or abs(exact - kept) < 1e-6) and 0 < kept < units.count:
         return kept
-    if units.kind == "ffn":
+    if rounded:
         raise ValueError(
-            f"`ffn` of {fraction} in multiples of {round_to} leaves {kept} of {units.count} neurons "
-            f"in {units.name}: pass another fraction, or a smaller `round_to`."
+            f"`{units.kind}` of {fraction} in multiples of {round_to} leaves {kept} of {units.count} "
+            f"{rounded} in {units.name}: pass another fraction, or a smaller `round_to`."
         )
     what = "heads (or groups that share keys and values)" if units.kind == "heads" else units.kind
     possible = ", ".join(f"{gone}/{units.count}" for gone in range(1, units.count)) or "none"

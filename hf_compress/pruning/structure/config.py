@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_compress.pruning.structure.units import Units, find_units
+from hf_compress.pruning.structure.anatomy import Units
+from hf_compress.pruning.structure.architectures import ARCHITECTURES
+from hf_compress.pruning.structure.hidden import set_hidden_size_
+from hf_compress.pruning.structure.units import find_units
 
 Kept = Mapping[str, Sequence[int]]
 """The units that stay, by the name of their place (`Units.name`); places not named stay whole."""
@@ -49,7 +52,10 @@ def smaller_config(model: PreTrainedModel, kept: Kept) -> PreTrainedConfig:
     try:
         config.validate()
     except StrictDataclassError as error:
-        raise ValueError(f"{type(config).__name__} forbids what would be left: {error}") from error
+        raise ValueError(
+            f"{type(config).__name__} forbids what would be left: {error} Pass another fraction, or "
+            "another `round_to`."
+        ) from error
     return config
 
 
@@ -66,6 +72,10 @@ def _set_sizes(
     config: PreTrainedConfig, old: PreTrainedConfig, units: Units, stay: Sequence[int]
 ) -> None:
     if len(stay) == units.count:
+        return
+    hidden = ARCHITECTURES[config.model_type].hidden
+    if units.kind == "hidden" and hidden is not None:
+        set_hidden_size_(config, hidden, len(stay))
         return
     if units.kind == "heads":
         # Classes that would derive it from the hidden size take it from here.

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_compress.constraint import Member, TimedConstraint
 from hf_compress.pruning.masks import check_restored
+from hf_compress.pruning.structure.anatomy import Units
 from hf_compress.pruning.structure.choice import check_fraction, check_round_to, count_kept, highest
 from hf_compress.pruning.structure.removal import alive, zero_
-from hf_compress.pruning.structure.units import Units
 from hf_compress.schedules import Schedule, Shape
 
 

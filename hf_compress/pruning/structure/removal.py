@@ -7,6 +7,7 @@ each place on its own.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.calibration.batches import Batch
+from hf_compress.pruning.structure.anatomy import Units
 from hf_compress.pruning.structure.choice import Layers, choose_units
 from hf_compress.pruning.structure.config import Kept, check_numbers, smaller_config
 from hf_compress.pruning.structure.scores import UnitScore
-from hf_compress.pruning.structure.units import Units, find_units
+from hf_compress.pruning.structure.units import find_units
+
+Cut = tuple[int, Tensor]
+"""A dimension, and the entries that stay of it."""
 
 
 def prune_structure(
@@ -26,6 +31,7 @@ def prune_structure(
     ffn: float = 0.0,
     heads: float = 0.0,
     experts: float = 0.0,
+    hidden: float = 0.0,
     layers: Layers | Mapping[str, Layers] | None = None,
     score: UnitScore = "taylor",
     calibration: Iterable[Batch] | None = None,
@@ -37,12 +43,16 @@ def prune_structure(
     ffn, heads, experts: the fraction in [0, 1) to remove of the feed-forward neurons, of the attention
         heads (whole groups where heads share keys and values), and of the experts of a mixture.
         Heads and experts must come out whole; neurons are rounded to the nearest.
+    hidden: the same of the features of the residual stream, of which one is gone in all layers and
+        embeddings. Only where RMSNorms read it, so that what stays computes the same (see
+        `hf_compress.pruning.structure.hidden`).
     layers: how many layers to keep, or a list of the numbers of those to keep (from 0). It holds for
         both stacks of an encoder-decoder, unless it says {"encoder": ..., "decoder": ...}.
     score: what decides who stays (see `hf_compress.pruning.structure.scores`): "taylor" (needs labels),
         "activation", "magnitude" or "random" (of `seed`). Everything is scored in the whole model.
     calibration: batches as the model's forward takes them, for "taylor" and "activation".
-    round_to: as many neurons stay as a multiple of it; 8 or 64 suit most kernels.
+    round_to: as many neurons and hidden features stay as a multiple of it; 8 or 64 suit most kernels.
+        Llama's config wants a multiple of the number of heads of the latter.
 
     The given model is unchanged and shares no weight with the new one, in which everything is
     trainable that its class makes so. Memory: both models.
@@ -54,6 +64,7 @@ def prune_structure(
         ffn=ffn,
         heads=heads,
         experts=experts,
+        hidden=hidden,
         layers=layers,
         score=score,
         calibration=calibration,
@@ -70,15 +81,18 @@ def remove_units(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     """
     named = _named(model, kept)
     config = smaller_config(model, kept)
-    cuts = {
-        piece.name: (piece.dim, piece.entries(kept[units.name]))
-        for units in named
-        for piece in units.slices
-    }
+    cuts: dict[Tensor, list[Cut]] = {}
+    for units in named:
+        for piece in units.slices:
+            cut = (piece.dim, piece.entries(kept[units.name]))
+            cuts.setdefault(piece.param, []).append(cut)
     state = {
-        name: value.index_select(*cuts[name]) if name in cuts else value.clone()
-        for name, value in model.state_dict().items()
+        name: _cut(value, cuts.get(value, ()))  # tied weights are one parameter of several names
+        for name, value in model.state_dict(keep_vars=True).items()
     }
+    for units in named:
+        for name in units.rescaled:
+            state[name] *= math.sqrt(units.count / len(kept[units.name]))
     for units in named:
         if units.kind == "layers":
             state = _renumbered(state, units, kept[units.name])
@@ -106,17 +120,18 @@ def zero_units_(model: PreTrainedModel, kept: Kept) -> None:
 
 
 def shrink(model: PreTrainedModel) -> PreTrainedModel:
-    """A new model without the neurons and heads of `model` that are wholly zero; it computes the same.
+    """A new model without the neurons, heads and hidden features of `model` that are wholly zero; it
+    computes the same.
 
     Raises ValueError where there are none, or not equally many everywhere (after a training that
     ended before its schedule).
     """
-    units = [u for u in find_units(model) if u.kind in ("ffn", "heads")]
+    units = [u for u in find_units(model) if u.kind not in ("experts", "layers")]
     kept = {u.name: alive(u).nonzero().flatten().tolist() for u in units}
     if all(len(kept[u.name]) == u.count for u in units):
         raise ValueError(
-            f"no neuron and no head of this {type(model).__name__} is wholly zero: train it with "
-            "StructuredPruningCallback first, or call prune_structure."
+            f"no neuron, head or hidden feature of this {type(model).__name__} is wholly zero: train "
+            "it with StructuredPruningCallback first, or call prune_structure."
         )
     return remove_units(model, kept)
 
@@ -141,6 +156,14 @@ def _named(model: PreTrainedModel, kept: Kept) -> list[Units]:
             raise ValueError(f"{name!r} is no place of units; there are {', '.join(known)}.")
         check_numbers(known[name], numbers)
     return [known[name] for name in kept]
+
+
+def _cut(value: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """A copy, of only the given entries of dimensions."""
+    result = value.detach()
+    for dim, entries in cuts:
+        result = result.index_select(dim, entries)
+    return result if cuts else result.clone()
 
 
 def _renumbered(state: dict[str, Tensor], stack: Units, kept: Sequence[int]) -> dict[str, Tensor]:

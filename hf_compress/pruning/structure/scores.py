@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_compress.calibration.batches import Batch, check_calibration
 from hf_compress.frozen import evaluating
-from hf_compress.pruning.structure.units import Units
+from hf_compress.pruning.structure.anatomy import Units
 
 UnitScore = Literal["taylor", "activation", "magnitude", "random"]
 Scores = dict[str, Tensor]
@@ -136,25 +136,32 @@ def activation(model: PreTrainedModel, units: Sequence[Units], batches: Iterable
         of an input over all tokens (Wanda's score, arXiv:2306.11695, of the unit as a whole).
     Layers: sum over tokens of 1 - cos(input, output) (block influence, ShortGPT, arXiv:2403.03853).
     Experts: the sum of their routing weights.
+    Hidden features: the sum over tokens and norms of their absolute value behind the norm (Minitron,
+        arXiv:2407.14679).
     """
     squares: dict[str, list[Tensor]] = {}
     sums: Scores = {}
     batch: Batch = {}
 
     def read(units: Units, place: int, hidden: Tensor) -> Tensor:
-        seen = _tokens(hidden, units, batch).float().square().sum(0).cpu().double()  # (features,)
+        tokens = _tokens(hidden, units.masks[place], batch).float()
+        if units.kind == "hidden":
+            sums[units.name] += tokens.abs().sum(0).cpu().double()
+            return hidden
+        seen = tokens.square().sum(0).cpu().double()  # (features,)
         places = squares.setdefault(units.name, [torch.zeros_like(seen) for _ in units.readers])
         places[place] += seen
         return hidden
 
     def route(units: Units, weights: Tensor, chosen: Tensor) -> Tensor:
         one_hot = F.one_hot(chosen, units.count) * weights[..., None]  # (tokens, top k, experts)
-        sums[units.name] += _tokens(one_hot.sum(1), units, batch).sum(0).cpu().double()
+        sums[units.name] += _tokens(one_hot.sum(1), units.masks[0], batch).sum(0).cpu().double()
         return weights
 
     def pass_by(units: Units, place: int, before: Tensor, after: Tensor) -> Tensor:
         change = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
-        sums[units.name][place] += _tokens(change[..., None], units, batch).sum().cpu().double()
+        tokens = _tokens(change[..., None], units.masks[place], batch)
+        sums[units.name][place] += tokens.sum().cpu().double()
         return after
 
     for u in units:
@@ -163,11 +170,12 @@ def activation(model: PreTrainedModel, units: Sequence[Units], batches: Iterable
         for batch in batches:  # noqa: B007 (the hooks read it)
             model(**batch)
     for u in units:
-        for place, seen in zip(u.reading, squares.get(u.name, []), strict=True):
+        if u.name not in squares:
+            continue
+        for place, seen in zip(u.reading, squares[u.name], strict=True):
             weights = place.param.double().square().movedim(place.dim, 0).sum(1).cpu()  # (features,)
             sums[u.name] += (weights * seen).reshape(u.count, -1).sum(1)
-        if u.reading:
-            sums[u.name].sqrt_()
+        sums[u.name].sqrt_()
     return sums
 
 
@@ -180,12 +188,16 @@ def _hooks(
     route: Callable[[Units, Tensor, Tensor], Tensor],
     pass_by: Callable[[Units, int, Tensor, Tensor], Tensor],
 ) -> Iterator[None]:
-    """Let the functions see, and replace, what units hand on: read (units, place, input of a reader),
-    route (units, routing weights and chosen experts, both (tokens, top k)), and pass_by (units, place,
-    input and output of a layer). The place is the number of the module among `units.readers`."""
+    """Let the functions see, and replace, what units hand on: read (units, place, input of a reader; of
+    hidden features the output of a norm), route (units, routing weights and chosen experts, both
+    (tokens, top k)), and pass_by (units, place, input and output of a layer). The place is the number
+    of the module among `units.readers`."""
 
     def around_reader(u: Units, place: int) -> Callable[..., Any]:
         return lambda module, args: (read(u, place, args[0]), *args[1:])
+
+    def behind_norm(u: Units, place: int) -> Callable[..., Any]:
+        return lambda module, args, output: read(u, place, output)
 
     def around_router(u: Units) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -211,6 +223,8 @@ def _hooks(
                 handles.append(module.register_forward_hook(around_layer(u, place), with_kwargs=True))
             elif u.kind == "experts":
                 handles.append(module.register_forward_hook(around_router(u)))
+            elif u.kind == "hidden":
+                handles.append(module.register_forward_hook(behind_norm(u, place)))
             else:
                 handles.append(module.register_forward_pre_hook(around_reader(u, place)))
     try:
@@ -238,18 +252,18 @@ def items_of(model: PreTrainedModel, batch: Batch) -> int:
     return int((labels != -100).sum())
 
 
-def _tokens(values: Tensor, units: Units, batch: Batch) -> Tensor:
+def _tokens(values: Tensor, mask_name: str | None, batch: Batch) -> Tensor:
     """Rows (tokens, features) of `values` (..., features) at the tokens that are no padding."""
     flat = values.reshape(-1, values.shape[-1])
-    mask = batch.get(units.mask) if units.mask is not None else None
-    if mask is None and units.mask == "decoder_attention_mask" and "labels" in batch:
+    mask = batch.get(mask_name) if mask_name is not None else None
+    if mask is None and mask_name == "decoder_attention_mask" and "labels" in batch:
         # Of which the decoder's input is made; none where the labels are of whole rows.
         mask = batch["labels"] != -100 if batch["labels"].dim() == 2 else None
     if mask is None:
         return flat
     if mask.numel() != len(flat):
         raise ValueError(
-            f"`{units.mask}` of shape {tuple(mask.shape)} does not say which of the {len(flat)} tokens "
+            f"`{mask_name}` of shape {tuple(mask.shape)} does not say which of the {len(flat)} tokens "
             "are padding: pass a mask of (rows, tokens), or none."
         )
     return flat[mask.reshape(-1).bool()]

@@ -6,15 +6,14 @@ reads it as its input.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.pruning.structure.anatomy import Slice, Units, name_of
 from hf_compress.pruning.structure.architectures import (
     ARCHITECTURES,
     KINDS,
@@ -23,56 +22,8 @@ from hf_compress.pruning.structure.architectures import (
     Stack,
     Wiring,
 )
+from hf_compress.pruning.structure.hidden import hidden_units
 from hf_compress.targets import without_adapters
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Of the parameter `name`, unit u owns the entries from u * width on, along dimension `dim`."""
-
-    name: str
-    param: nn.Parameter
-    dim: int
-    width: int
-
-    def entries(self, units: Sequence[int] | Tensor) -> Tensor:
-        """Indices along `dim` of the entries of `units`, on the device of the parameter."""
-        units = torch.as_tensor(units, dtype=torch.long, device=self.param.device)
-        offsets = torch.arange(self.width, device=self.param.device)
-        return (units[:, None] * self.width + offsets).flatten()
-
-    def by_unit(self, values: Tensor) -> Tensor:
-        """Sums (units,) of `values`, of the parameter's shape, over what each unit owns."""
-        return values.movedim(self.dim, 0).reshape(values.shape[self.dim] // self.width, -1).sum(1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Units:
-    """The units of one kind in one place, of which equally many must go everywhere.
-
-    name: the module that reads them, with * for the layer where all layers share them; for layers
-        the name of their list.
-    fields: the config fields that count them; all shrink in proportion.
-    slices: what each unit owns; empty for layers.
-    readers: the modules whose input they are; routers for experts; the layers themselves for layers.
-    mask: see `Stack`. pinned: names of what stays in the first layer, for layers.
-    """
-
-    name: str
-    kind: Kind
-    count: int
-    fields: tuple[str, ...]
-    slices: tuple[Slice, ...]
-    readers: tuple[str, ...]
-    mask: str | None
-    pinned: str | None = None
-
-    @property
-    def reading(self) -> tuple[Slice, ...]:
-        """Of each reader the slice of its matrix: its columns are what the units do."""
-        if self.kind not in ("ffn", "heads"):
-            return ()
-        return tuple(s for s in self.slices if s.name.removesuffix(".weight") in self.readers)
 
 
 def find_units(model: PreTrainedModel, kinds: Iterable[Kind] | None = None) -> list[Units]:
@@ -87,7 +38,7 @@ def find_units(model: PreTrainedModel, kinds: Iterable[Kind] | None = None) -> l
     possible = [kind for kind in KINDS if reasons[kind] is None]
     found: list[Units] = []
     for kind in possible if kinds is None else kinds:
-        units = [u for stack in architecture.stacks for u in _units(model, stack, kind)]
+        units = _found(model, architecture, kind)
         if kind not in possible or (kinds is not None and not units):
             raise ValueError(
                 f"{kind} cannot be removed from {type(model).__name__}: "
@@ -125,6 +76,8 @@ def _architecture(model: PreTrainedModel) -> Architecture:
 def _why_not(config: PreTrainedConfig, architecture: Architecture, kind: Kind) -> str | None:
     if kind in architecture.cannot:
         return architecture.cannot[kind]
+    if kind == "hidden":
+        return None if architecture.hidden is not None else "it has none"
     if kind != "layers":
         return None if any(vars(s)[kind] for s in architecture.stacks) else "it has none"
     settings = config.to_dict()
@@ -137,12 +90,22 @@ def _why_not(config: PreTrainedConfig, architecture: Architecture, kind: Kind) -
     return None
 
 
-def _units(model: PreTrainedModel, stack: Stack, kind: Kind) -> list[Units]:
-    layers = _module(model.base_model, stack.layers)
-    if layers is None:
-        return []  # an encoder alone, or a decoder alone
-    path = next(name for name, module in model.named_modules() if module is layers)
-    names = [f"{path}.{number}" for number, _ in layers.named_children()]
+def _found(model: PreTrainedModel, architecture: Architecture, kind: Kind) -> list[Units]:
+    """The units of `kind`; an encoder alone or a decoder alone lacks a stack."""
+    stacks = {}
+    for stack in architecture.stacks:
+        layers = _module(model.base_model, stack.layers)
+        if layers is not None:
+            stacks[name_of(model, layers)] = stack
+    if kind == "hidden":
+        hidden = architecture.hidden
+        return [] if hidden is None else [hidden_units(model, hidden, stacks)]
+    return [u for path, stack in stacks.items() for u in _units(model, path, stack, kind)]
+
+
+def _units(model: PreTrainedModel, path: str, stack: Stack, kind: Kind) -> list[Units]:
+    """Those inside the layers at `path`, or the layers."""
+    names = [f"{path}.{number}" for number, _ in model.get_submodule(path).named_children()]
     if kind == "layers":
         return [
             Units(
@@ -152,7 +115,7 @@ def _units(model: PreTrainedModel, stack: Stack, kind: Kind) -> list[Units]:
                 fields=(stack.depth,),
                 slices=(),
                 readers=tuple(names),
-                mask=stack.mask,
+                masks=(stack.mask,) * len(names),
                 pinned=f"{path}.0.{stack.pinned}." if stack.pinned else None,
             )
         ]
@@ -188,7 +151,7 @@ def _wired(
         fields=wiring.fields,
         slices=tuple(Slice(name, param, dim, param.shape[dim] // count) for name, param, dim in owned),
         readers=tuple(readers),
-        mask=mask,
+        masks=(mask,) * len(readers),
     )
 
 

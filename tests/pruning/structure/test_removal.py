@@ -27,9 +27,10 @@ GENERATING = [name for name, row in ANATOMIES.items() if row.generates]
 
 
 def inside(name):
-    """Settings that halve all that can be halved within the layers."""
+    """Settings that halve all that can be halved of what can also be zeroed."""
     row = ANATOMIES[name]
-    return {"ffn": 0.5 * bool(row.neuron), "heads": 0.5 * bool(row.head)}
+    owned = {"ffn": row.neuron, "heads": row.head, "hidden": row.feature}
+    return {kind: 0.5 * bool(weights) for kind, weights in owned.items()}
 
 
 def halved(name, layers=3):
@@ -57,7 +58,9 @@ def test_zeroed_and_removed_units_give_the_same_logits(name):
     zero_units_(zeroed, kept)
     smaller = remove_units(model, kept)
     assert type(smaller) is type(model)
-    torch.testing.assert_close(logits(smaller, batch), logits(zeroed, batch), rtol=1e-5, atol=1e-5)
+    expected = logits(zeroed, batch)
+    largest = max(1.0, expected.abs().max().item())  # some 30 in mT5, whose head scales nothing down
+    torch.testing.assert_close(logits(smaller, batch), expected, rtol=1e-5, atol=1e-5 * largest)
     assert not torch.allclose(logits(smaller, batch), logits(model, batch), atol=1e-2)
     shrunk = shrink(zeroed)
     assert shrunk.config.to_dict() == smaller.config.to_dict()
@@ -104,7 +107,8 @@ def test_as_many_weights_go_as_counted_by_hand(name):
     row, model = ANATOMIES[name], shaken(name)
     groups = {"llama": 2, "mistral": 2}.get(name, 4 if name in ("vit", "t5", "mt5") else 2)
     neurons = 128 if name == "gpt2" else 64
-    smaller = prune_structure(model, **inside(name), experts=0.5 * bool(row.expert), score="random")
+    settings = {**inside(name), "hidden": 0.0}  # which has a part in what the others own
+    smaller = prune_structure(model, **settings, experts=0.5 * bool(row.expert), score="random")
     bias = 2 * 32 if name in ("t5", "mt5") else 0
     gone = 2 * (neurons // 2 * row.neuron + groups // 2 * row.head + 2 * row.expert)
     gone += groups // 2 * bias

@@ -68,7 +68,7 @@ def test_heads_that_share_a_position_bias_are_one_unit_in_all_layers():
 def test_every_weight_of_a_unit_is_counted_once(name):
     model = shaken(name)
     row = ANATOMIES[name]
-    owned = dict.fromkeys(("ffn", "heads", "experts"), 0)
+    owned = dict.fromkeys(("ffn", "heads", "experts", "hidden"), 0)
     for u in find_units(model):
         if u.kind != "layers":
             owned[u.kind] += sum(s.param.numel() // u.count for s in u.slices)
@@ -78,6 +78,7 @@ def test_every_weight_of_a_unit_is_counted_once(name):
     assert owned["ffn"] == layers * row.neuron
     assert owned["heads"] == layers * row.head + bias * bool(row.head)
     assert owned["experts"] == layers * row.expert
+    assert owned["hidden"] == row.feature
     assert len([u for u in find_units(model) if u.kind == "layers"]) == stacks
 
 
@@ -119,7 +120,15 @@ def single_rows(batch):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("bert", "ffn"), ("gpt2", "ffn"), ("llama", "heads"), ("t5", "heads")]
+    ("name", "kind"),
+    [
+        ("bert", "ffn"),
+        ("gpt2", "ffn"),
+        ("llama", "heads"),
+        ("t5", "heads"),
+        ("llama", "hidden"),
+        ("t5", "hidden"),
+    ],
 )
 def test_taylor_is_the_sum_of_weight_times_gradient_row_by_row(name, kind):
     model = shaken(name)
