@@ -1,7 +1,8 @@
 """How much a unit is worth, from its weights or from calibration data.
 
 For Taylor, every unit is multiplied by a gate that is 1: the gradient of the gate is the sum of
-w * grad over the columns that read the unit, and it exists for every row of the batch apart.
+w * grad over the columns that read the unit, and it exists for every row of the batch apart. Hidden
+features have theirs behind each norm, where all columns read them.
 """
 
 from __future__ import annotations
