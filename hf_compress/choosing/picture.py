@@ -8,10 +8,13 @@ from hf_compress.choosing.search import Choice
 from hf_compress.choosing.telling import front
 from hf_compress.figures import new_figure
 
+_COLORS = ("tab:orange", "tab:purple", "tab:brown", "tab:pink")  # of runtimes
+
 
 def draw_front(choice: Choice, path: str | Path) -> None:
     """Finalists and the dense model by what they weigh and take; what was stopped early in grey, with
-    the score of its last rung. The shaded part is outside the limits."""
+    the score of its last rung; what was exported as triangles, a colour for each runtime. The shaded
+    part is outside the limits."""
     figure = new_figure(9, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
     best, metric, limits = front(choice), choice.metric, choice.limits
@@ -49,6 +52,17 @@ def draw_front(choice: Choice, path: str | Path) -> None:
                 color="tab:green" if chosen else "tab:blue",
                 label="chosen" if chosen else "trained fully",
                 zorder=3,
+            )
+        runtimes = dict.fromkeys(each.runtime for each in choice.exported)
+        for runtime, color in zip(runtimes, _COLORS, strict=False):
+            found = [each for each in choice.exported if each.runtime == runtime]
+            axes.scatter(
+                [cost(each.measured) for each in found],
+                [each.validation for each in found],
+                marker="^",
+                color=color,
+                alpha=0.8,
+                label=runtime,
             )
         dense = (cost(choice.dense.measured), choice.dense.validation)
         axes.scatter(*dense, marker="s", color="black", label="dense", zorder=3)

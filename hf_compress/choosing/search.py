@@ -41,6 +41,22 @@ class Finished:
     training: Trained | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """The dense model or a finalist, `name`, as another runtime computes it.
+
+    validation, test: its scores there. agreement: fraction of the test predictions whose most probable
+    class is that of torch. measured: the files of the export, and speedup over dense in torch.
+    """
+
+    name: str
+    runtime: str
+    validation: float
+    test: float
+    agreement: float
+    measured: Measured
+
+
 class Work(Protocol):
     """What the search has done for it. Results are kept; each is asked for once."""
 
@@ -102,7 +118,7 @@ class Tried:
 @dataclass(kw_only=True)
 class Choice:
     """What the search found. winner: None where nothing meets the limits. tried: in the order of the
-    space. steps: of a full training."""
+    space. steps: of a full training. exported: the dense model and finalists in other runtimes."""
 
     metric: Metric
     limits: Limits
@@ -111,6 +127,7 @@ class Choice:
     dense: Finished
     tried: list[Tried]
     winner: Tried | None = None
+    exported: list[Exported] = field(default_factory=list)
 
     @property
     def finalists(self) -> list[Tried]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from hf_compress.choosing.halving import nondominated
 from hf_compress.choosing.limits import Measured, told
-from hf_compress.choosing.search import DENSE, Choice, Tried
+from hf_compress.choosing.search import DENSE, Choice, Exported, Tried
 
 COLUMNS = ("model", "steps", "validation", "test", "MB", "ms", "times faster", "verdict")
 
 
 def table(choice: Choice) -> list[tuple[str, ...]]:
     """Rows of `COLUMNS`: the dense model, finalists, those that were stopped, those that were never
-    trained, the smaller first. Test scores are of finalists only."""
+    trained, the smaller first; then what was exported. Test scores are of finalists only."""
     dense = choice.dense
     steps = "-" if dense.training is None else str(dense.training.steps)
     first = (DENSE, steps, *_scores(dense.validation, dense.test), *_sizes(dense.measured), "")
-    return [first, *(_row(choice, each) for each in _ordered(choice))]
+    tried = (_row(choice, each) for each in _ordered(choice))
+    return [first, *tried, *(_exported_row(choice, each) for each in choice.exported)]
 
 
 def in_lines(rows: list[tuple[str, ...]]) -> str:
@@ -108,6 +109,7 @@ def to_dict(choice: Choice) -> dict[str, Any]:
         "front": [each.name for each in front(choice)],
         "seconds": seconds(choice),
         "dense": asdict(choice.dense),
+        "exported": [asdict(each) for each in choice.exported],
         "tried": [{"name": each.name, **asdict(each)} for each in choice.tried],
     }
 
@@ -131,24 +133,35 @@ def _row(choice: Choice, each: Tried) -> tuple[str, ...]:
     return (each.name, "0", "-", "-", *_sizes(each.predicted), _verdict(choice, each))
 
 
+def _exported_row(choice: Choice, each: Exported) -> tuple[str, ...]:
+    scores = _scores(each.validation, each.test)
+    drop = choice.metric.drop(choice.dense.validation, each.validation)
+    excess = choice.limits.excess(each.measured, drop)
+    verdict = _misses(choice, each.measured, drop, excess) or "within the limits"
+    return (f"{each.name}, {each.runtime}", "-", *scores, *_sizes(each.measured), verdict)
+
+
 def _verdict(choice: Choice, each: Tried) -> str:
     if each.excess:
-        return "; ".join(_miss(choice, each, name) for name in each.excess)
+        return _misses(choice, each.measured, choice.drop(each), each.excess)
     return "chosen" if each is choice.winner else "within the limits"
 
 
-def _miss(choice: Choice, each: Tried, name: str) -> str:
+def _misses(choice: Choice, measured: Measured, drop: float | None, excess: Mapping[str, float]) -> str:
     values = {
-        "size": each.measured.bytes,
-        "latency": each.measured.latency_ms,
-        "speedup": each.measured.speedup,
-        "memory": each.measured.memory,
-        "drop": choice.drop(each),
+        "size": measured.bytes,
+        "latency": measured.latency_ms,
+        "speedup": measured.speedup,
+        "memory": measured.memory,
+        "drop": drop,
     }
-    value = values[name]
-    assert value is not None
-    side = "at least" if name == "speedup" else "at most"
-    return f"{name} {told(name, value)}, {side} {choice.limits.told()[name]}"
+    parts = []
+    for name in excess:
+        value = values[name]
+        assert value is not None
+        side = "at least" if name == "speedup" else "at most"
+        parts.append(f"{name} {told(name, value)}, {side} {choice.limits.told()[name]}")
+    return "; ".join(parts)
 
 
 def _scores(validation: float, test: float) -> tuple[str, str]:

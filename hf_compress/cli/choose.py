@@ -27,6 +27,7 @@ from hf_compress.cli.arguments import CompressArguments, DataArguments
 from hf_compress.cli.checks import check_folder
 from hf_compress.cli.errors import UserError, refusing
 from hf_compress.cli.recipe import parse
+from hf_compress.cli.runtimes import RUNTIMES, check_runtimes, in_runtimes
 from hf_compress.cli.tasks import is_untrained
 from hf_compress.cli.trainings import Trainings
 from hf_compress.distillation.arguments import DistillationArguments
@@ -67,12 +68,19 @@ class ChooseArguments(DataArguments):
     space: str | None = field(
         default=None,
         metadata={
-            "help": "A yaml file of recipes: lists of layers, student_layers, ffn, heads, vocabulary, "
-            "sparsity, bits and distil; all their combinations are tried."
+            "help": "A yaml file of recipes, or {in: braces}: lists of layers, student_layers, ffn, "
+            "heads, vocabulary, sparsity, bits and distil; all their combinations are tried."
         },
     )
     dense_epochs: float | None = field(
         default=None, metadata={"help": "First fine-tune the dense model, for so many epochs."}
+    )
+    runtimes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The dense model and the finalists are also exported to these, run there and told: "
+            f"{', '.join(RUNTIMES)}."
+        },
     )
     finalists: int = field(default=3, metadata={"help": "How many candidates are trained fully."})
     latency_batch: int = field(
@@ -148,19 +156,23 @@ def choose(arguments: ChooseArguments, training: DistillationArguments) -> Choic
             latency_batch=arguments.latency_batch,
             memory=limits.memory is not None,
         )
+        runtimes = arguments.runtimes or []
+        check_runtimes(runtimes, work.metric)
         candidates = _candidates(arguments, work)
         work.check(candidates)
     with going_on(folder):
+        records = Records(folder / "records" / work.key)
         choice = search(
             work,
             candidates,
             limits,
-            Records(folder / "records" / work.key),
+            records,
             metric=work.metric,
             steps=work.steps,
             finalists=arguments.finalists,
             prefer=arguments.prefer,
         )
+        choice.exported = list(in_runtimes(work, choice, records, runtimes))
         print(f"\n{in_lines(table(choice))}\n\n{sentence(choice)}")
         rows = work.splits.told()
         print(f"{rows['validation']} chose; {rows['test']} reports and chose nothing.")
@@ -194,7 +206,7 @@ def _check(
     if arguments.dense_epochs is not None and arguments.dense_epochs <= 0:
         raise ValueError(f"`dense_epochs` is {arguments.dense_epochs}: pass a number above 0.")
     if arguments.space is not None:
-        candidates_of(read_space(Path(arguments.space)))
+        candidates_of(read_space(arguments.space))
     check_folder(training.output_dir)
     to = None
     if training.push_to_hub:
@@ -208,20 +220,22 @@ def _check(
 
 def _candidates(arguments: ChooseArguments, work: Trainings) -> list[Candidate]:
     if arguments.space is not None:
-        return candidates_of(read_space(Path(arguments.space)))
+        return candidates_of(read_space(arguments.space))
     stacks = find_stacks(work.model)
     depth = min(len(stack.layers) for stack in stacks.values())
     return candidates_of(default_space(depth, texts=work.cuts_vocabulary))
 
 
-def read_space(path: Path) -> Any:
-    """The yaml in `path`. Raises ValueError where there is none."""
-    if not path.is_file():
-        raise ValueError(f"no space at {path}.")
+def read_space(space: str) -> Any:
+    """The yaml in a file, or in `space` itself where that is in braces. Raises ValueError where there
+    is none."""
+    written = space.startswith("{")
+    if not written and not Path(space).is_file():
+        raise ValueError(f"no space at {space}.")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(space if written else Path(space).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid yaml: {error}") from None
+        raise ValueError(f"{space} is not valid yaml: {error}") from None
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Trainers:
         """From the dense weights, always in the same way."""
         set_seed(self.training.seed)
         base = self.base(vocabulary=candidate.vocabulary)
-        model = smaller(candidate, base.model, self._calibration(base))
+        model = smaller(candidate, base.model, self.calibration(base))
         if model is base.model:
             model = copy.deepcopy(model).requires_grad_(True)  # a teacher is frozen
         callbacks: list[Any] = []
@@ -137,8 +137,12 @@ class Trainers:
     def _collator(self, processor: Processor) -> Any:
         return collator_of(processor, labelled=self.splits.names is not None)
 
-    def _calibration(self, base: Base) -> list[dict[str, Tensor]]:
-        rows = first_rows(base.train, CALIBRATION)
+    def calibration(self, base: Base) -> list[dict[str, Tensor]]:
+        """Labelled batches of some training rows."""
+        return self.batches(base, first_rows(base.train, CALIBRATION))
+
+    def batches(self, base: Base, rows: Dataset) -> list[dict[str, Tensor]]:
+        """`rows`, one of those of `base`, as a Trainer batches them."""
         collate, size = self._collator(base.processor), self.training.per_device_train_batch_size
         starts = range(0, len(rows), size)
         cuts = [range(start, min(start + size, len(rows))) for start in starts]

@@ -82,17 +82,24 @@ class Trainings:
 
     @property
     def cuts_vocabulary(self) -> bool:
-        """Whether there is a fast tokenizer, whose tokens can be told apart."""
-        return isinstance(self.processor, PreTrainedTokenizerFast)
+        """Whether there is a fast tokenizer, whose tokens can be told apart, and the score is not of
+        tokens: a perplexity over the pieces of a smaller vocabulary is another measure."""
+        fast = isinstance(self.processor, PreTrainedTokenizerFast)
+        return fast and self.arguments.task != "causal-lm"
 
     def check(self, candidates: Sequence[Candidate]) -> None:
         """Raises ValueError where one of `candidates` cannot be made of the model or its tokenizer."""
         check(candidates, self.model)
-        if not self.cuts_vocabulary and any(each.vocabulary for each in candidates):
-            raise ValueError(
-                f"the model has a {type(self.processor).__name__} and no fast tokenizer, of which a "
-                "vocabulary could be cut: leave `vocabulary` out of the space."
-            )
+        if self.cuts_vocabulary or not any(each.vocabulary for each in candidates):
+            return
+        why = (
+            "a perplexity over the tokens of a smaller vocabulary is another measure than that of the "
+            "dense model"
+            if self.arguments.task == "causal-lm"
+            else f"the model has a {type(self.processor).__name__} and no fast tokenizer, of which a "
+            "vocabulary could be cut"
+        )
+        raise ValueError(f"{why}: leave `vocabulary` out of the space.")
 
     def dense(self) -> Finished:
         trained = None
@@ -136,7 +143,7 @@ class Trainings:
         # The dense model reads rows of its own tokenizer.
         own = self._dense_scores["test"]
         split, place = self.splits.test_split, self.place(candidate.name)
-        how = Evaluation.of(self.arguments, split=split, batch_size=trainer.args.eval_batch_size)
+        how = self._evaluation()
         publish(
             trainer,
             folder=place,
@@ -158,6 +165,10 @@ class Trainings:
             digest=_digest(place),
             training=trained,
         )
+
+    def told_of_test(self) -> dict[str, Any]:
+        """What the test rows are."""
+        return {"dataset": bare_name(self.arguments.dataset), **asdict(self._evaluation())}
 
     def measure(self, name: str) -> Measured:
         dense = self.trainers.base(vocabulary=False).model
@@ -191,6 +202,10 @@ class Trainings:
                 f"Caution: of {rows:,} validation rows an accuracy of {score:.3f} has a standard error "
                 f"of {error:.1f} points, more than the drop of {drop:g} that is to be seen."
             )
+
+    def _evaluation(self) -> Evaluation:
+        size = self.training.eval_batch_size
+        return Evaluation.of(self.arguments, split=self.splits.test_split, batch_size=size)
 
     def _length(self) -> int | None:
         """Tokens or samples of the pass that is timed; None of images and spectrograms."""

@@ -25,7 +25,7 @@ from hf_compress.latency import Latency, compare_latency
 from hf_compress.publishing.exports import add_export, check_card
 
 BATCHES = (1, 16)
-"""How many rows are timed at once."""
+"""How many rows are timed at once, by default."""
 
 
 def export_folder(
@@ -37,6 +37,7 @@ def export_folder(
     calibration: Sequence[Batch] = (),
     dense: PreTrainedModel | None = None,
     length: int | None = None,
+    sizes: Sequence[int] = BATCHES,
     threads: int | None = None,
     runs: int = 30,
     data: Mapping[str, Any] | None = None,
@@ -52,6 +53,7 @@ def export_folder(
     dense: another model to time in the same turn, such as the one before the compression.
     length: tokens or samples of the rows that are timed, and of each row where a format has fixed
         shapes; by default as `hf_compress.example_inputs`.
+    sizes: how many rows are timed at once; the first alone where a format has fixed shapes.
     threads: of torch and of the runtime. runs: timed passes of each.
     data: what `batches` are, for the report.
 
@@ -105,7 +107,7 @@ def export_folder(
             str(size): compare_latency(
                 models, _resized(model, inputs, size), runs=runs, threads=threads
             )
-            for size in (BATCHES if dynamic else BATCHES[:1])
+            for size in (sizes if dynamic else sizes[:1])
         }
         measured = _told(format, bits, grids, place, parity, latency, rows, data)
         (place / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
+from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from hf_compress.devices import cpu_flags, host
@@ -59,7 +60,8 @@ RUNTIMES: dict[Format, Runtime] = {
     "executorch": Runtime(
         packages=("executorch", "torchao"),
         extra="export-executorch",
-        int8="rounded anew by PT2E for XNNPACK, static: ranges from rows of calibration",
+        int8="rounded anew by PT2E for XNNPACK, static, in Linear and convolution layers: ranges from "
+        "rows of calibration",
         calibrated=True,
         dynamic=False,
     ),
@@ -172,4 +174,15 @@ def _int8(format: Format, calibration: list[dict[str, Any]]) -> ExportQuantizer:
     from transformers.exporters import PT2EQuantizer
 
     scheme = get_symmetric_quantization_config(is_per_channel=True)
-    return PT2EQuantizer(XNNPACKQuantizer().set_global(scheme), calibration_dataset=calibration)
+
+    class Layers(XNNPACKQuantizer):
+        """Of layers alone: sums and products with a scalar stay as they are, which would become floats,
+        even of the integers by which masks are indexed."""
+
+        def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+            return model
+
+    quantizer = Layers()
+    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d):
+        quantizer.set_module_type(kind, scheme)
+    return PT2EQuantizer(quantizer, calibration_dataset=calibration)

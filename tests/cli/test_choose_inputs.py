@@ -138,13 +138,14 @@ def test_a_language_model(language_model, tmp_path):
     )
     report = chosen(
         *(language_model, tmp_path / "rows.jsonl", tmp_path),
-        {"layers": 1, "heads": [0, 0.5], "vocabulary": [False, True]},
+        {"layers": 1, "heads": [0, 0.5]},
         task="causal-lm",
     )
     winner = tmp_path / "out" / "winner"
-    assert report["choice"]["sentence"].startswith("1layers-heads0.5-vocabulary ")
+    assert report["choice"]["sentence"].startswith("1layers-heads0.5 ")
     assert report["metric"] == "perplexity"
-    assert report["structure"]["vocab_size"]["compressed"] < 2000
+    heads = report["structure"]["num_attention_heads"]
+    assert heads == {"dense": 4, "compressed": 2}
     assert holds(winner, "--data", str(tmp_path / "rows.jsonl"))
 
 
@@ -165,6 +166,12 @@ def test_refusals(models, sound, tmp_path, change, message):
         change = {"space": tmp_path / "space.yaml"}
     with pytest.raises(UserError, match=message):
         main(words(model, sound, tmp_path / "out", **settings | change))
+
+
+def test_a_perplexity_counts_tokens_that_a_smaller_vocabulary_has_not(language_model, tmp_path):
+    flags = words(language_model, "tales", tmp_path / "out", task="causal-lm", max_drop=1)
+    with pytest.raises(UserError, match="is another measure.*leave `vocabulary` out"):
+        main([*flags, "--space", "{layers: 1, vocabulary: true}"])
 
 
 def test_sound_of_another_rate_is_refused(models, sound, tmp_path):

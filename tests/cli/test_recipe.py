@@ -1,15 +1,19 @@
 """Recipes and flags become arguments, or are refused."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from hf_compress.choosing.candidates import candidates_of
 from hf_compress.cli.arguments import CompressArguments
+from hf_compress.cli.choose import ChooseArguments, read_space
 from hf_compress.cli.recipe import parse
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.samples import minilm
 
 KINDS = (CompressArguments, DistillationArguments)
+RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "recipes").glob("*.yaml"))
 NAMES = "model: m\ndataset: d\noutput_dir: o\n"
 
 
@@ -77,6 +81,19 @@ def test_wrong_types(tmp_path, line, message):
     (tmp_path / "r.yaml").write_text(NAMES + line)
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(["--config", str(tmp_path / "r.yaml")], *KINDS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_hold_known_flags(recipe):
+    chooses = recipe.name.startswith("choose-")
+    kinds = (ChooseArguments if chooses else CompressArguments, DistillationArguments)
+    arguments, _ = parse(["--config", str(recipe), "--model", "m"], *kinds)
+    # How it is launched stands in it.
+    command = "choose" if chooses else "compress"
+    assert f"scripts/{command}.py --config scripts/recipes/{recipe.name}" in recipe.read_text()
+    if chooses:
+        arguments.limits()
+        assert len(candidates_of(read_space(arguments.space))) >= 2
 
 
 def test_a_teacher_may_be_a_packaged_model_too():
