@@ -50,5 +50,8 @@ def test_the_command_of_a_card_is_there_to_be_run(card):
         )
 
 
-def test_the_cards_were_found():
-    assert CARDS
+def test_each_recipe_that_promises_a_card_has_one():
+    recipes = (ROOT / "scripts" / "recipes").glob("*.yaml")
+    promised = {recipe.stem for recipe in recipes if "model_cards/" in recipe.read_text()}
+    assert {card.parent.name for card in CARDS} == promised
+    assert len(promised) >= 5
