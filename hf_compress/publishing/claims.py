@@ -183,7 +183,9 @@ def _integers(report: Mapping[str, Any], model: PreTrainedModel) -> Iterator[Cla
             n for n, bits in widths.items() if (general_name(n), bits) == (kind["name"], kind["bits"])
         ]
         chosen = {
-            name: weights[name] for name in names if not weights[name].numel() % kind["per_scale"]
+            name: weights[name]
+            for name in names
+            if _may_share(weights[name], targets[name].input_dim, kind["per_scale"])
         }
         title = f"{kind['name']}, {kind['bits']} bit"
         if not chosen:
@@ -203,6 +205,12 @@ def _integers(report: Mapping[str, Any], model: PreTrainedModel) -> Iterator[Cla
             zeros = sum(int((weight == 0).sum()) for weight in chosen.values())
             yield equal(f"{title}: parameters", kind["parameters"], size)
             yield equal(f"{title}: zeros", kind["zeros"], zeros / size)
+
+
+def _may_share(weight: Tensor, input_dim: int, per_scale: int) -> bool:
+    """Whether so many weights can share a scale: a group of inputs, or a matrix."""
+    matrix = weight.shape[-2] * weight.shape[-1]
+    return per_scale == matrix or weight.shape[input_dim] % per_scale == 0
 
 
 def _groups(weight: Tensor, input_dim: int, per_scale: int) -> Tensor:
