@@ -83,7 +83,7 @@ class Hub:
         ]:
             app.router.add_route(method, path, handler)
         app.router.add_route("HEAD", files, self.resolve)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
