@@ -169,7 +169,13 @@ def launch(launcher, words):
     )
 
 
-@pytest.mark.parametrize("launcher", [ACCELERATE, TORCHRUN], ids=["accelerate", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(ACCELERATE, id="accelerate"),
+        pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_write_once(model, tmp_path, launcher):
     run = launch(launcher, flags(model, tmp_path))
     assert run.returncode == 0, run.stderr[-3000:]

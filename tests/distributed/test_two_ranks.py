@@ -30,7 +30,11 @@ def test_pruning_on_shards_equals_one_process_bit_for_bit():
     launch("shards.py")
 
 
-@pytest.mark.parametrize("method", ["weights", "units", "grids"])
+# That the ranks agree the last test tells of every method.
+@pytest.mark.parametrize(
+    "method",
+    ["weights", *(pytest.param(method, marks=pytest.mark.slow) for method in ("units", "grids"))],
+)
 def test_data_parallel_ranks_write_the_same_file(tmp_path, method):
     launch("replicas.py", str(tmp_path), method)
     first, second, saved = (
