@@ -14,6 +14,7 @@ from transformers import (
     BaseImageProcessor,
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     SequenceFeatureExtractor,
     Wav2Vec2FeatureExtractor,
@@ -46,14 +47,19 @@ def load_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         # Without a connection transformers does not say of which model it speaks.
         raise ValueError(f"`model` {arguments.model!r} cannot be loaded: {error}") from error
-    # Not every architecture counts positions, and not every tokenizer knows of its model's.
-    positions = getattr(config, "max_position_embeddings", None) or arguments.max_length
-    most = min(positions, tokenizer.model_max_length)
+    most = longest(config, tokenizer)
     if arguments.max_length > most:
         raise ValueError(
             f"`max_length` is {arguments.max_length}: {arguments.model} is for at most {most} tokens."
         )
     return tokenizer
+
+
+def longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a row that model and tokenizer are made for, at most."""
+    # Not every architecture counts positions, and not every tokenizer knows of its model's.
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return min(positions, tokenizer.model_max_length)
 
 
 def prepared(

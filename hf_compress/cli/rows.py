@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_compress.cli.arguments import CompressArguments, DataArguments, Task
 from hf_compress.cli.data import first_rows, held_out, load_all
-from hf_compress.cli.inputs import collator_of, load_processor, prepared
+from hf_compress.cli.inputs import collator_of, load_processor, longest, prepared
 from hf_compress.publishing.scores import task_of
 
 _TASKS: dict[str, Task] = {
@@ -112,7 +112,7 @@ def load_rows(model: PreTrainedModel, folder: Path, data: str, how: Evaluation) 
                 f"{data} has no column {model.main_input_name!r}, and the model no tokenizer: pass "
                 "rows of what the model takes."
             )
-        arguments.max_length = how.max_length or _longest(model, tokenizer)
+        arguments.max_length = how.max_length or longest(model.config, tokenizer)
     column = arguments.input_column
     for name in [column] if causal else [column, arguments.label_column]:
         if name not in rows.column_names:
@@ -140,12 +140,6 @@ def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """None where the folder has none."""
     known = (folder / "tokenizer_config.json").is_file()
     return AutoTokenizer.from_pretrained(folder) if known else None
-
-
-def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    # Not every architecture counts positions, and not every tokenizer knows of its model's.
-    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return min(positions, tokenizer.model_max_length)
 
 
 def _class_names(rows: Dataset, column: str, model: PreTrainedModel) -> list[str]:

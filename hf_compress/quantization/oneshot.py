@@ -38,6 +38,7 @@ STEPS = 200
 
 
 @torch.no_grad()
+@fresh_casts()
 def quantize_oneshot_(
     model: nn.Module,
     calibration: Iterable[Batch] | None = None,
@@ -116,11 +117,9 @@ def quantize_oneshot_(
     if method == "blockwise":
         for target in chosen:
             _check_trainable(target)
-        with fresh_casts():
-            return round_block_by_block(model, batches, chosen, scheme, steps=steps)
+        return round_block_by_block(model, batches, chosen, scheme, steps=steps)
     check_experts(batches, selection)
-    with fresh_casts():
-        return _round_layer_by_layer(model, batches, chosen, scheme, damping)
+    return _round_layer_by_layer(model, batches, chosen, scheme, damping)
 
 
 def _round_to_nearest(model: nn.Module, targets: Sequence[Target], scheme: Scheme) -> dict[str, Grid]:

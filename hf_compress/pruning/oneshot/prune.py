@@ -72,6 +72,7 @@ class Method:
 
 
 @torch.no_grad()
+@fresh_casts()
 def prune_oneshot_(
     model: nn.Module,
     calibration: Iterable[Batch] | None = None,
@@ -126,8 +127,7 @@ def prune_oneshot_(
             raise ValueError(f"{score!r} needs `calibration`, batches of what the model is meant for.")
         batches = check_calibration(calibration)
         check_experts(batches, selection)
-        with fresh_casts():
-            weights = _prune_layer_by_layer(model, batches, selection, method, by_magnitude, fractions)
+        weights = _prune_layer_by_layer(model, batches, selection, method, by_magnitude, fractions)
     return OneShotReport(weights, selection.skipped)
 
 

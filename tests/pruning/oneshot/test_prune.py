@@ -385,13 +385,14 @@ def test_training_goes_on_at_fixed_zeros_with_the_dense_model_as_teacher(tmp_pat
         assert not target.param.equal(old), name
 
 
-def test_each_weight_is_cast_anew_once_it_is_pruned():
+@pytest.mark.parametrize("score", ["wanda", "magnitude"])
+def test_each_weight_is_cast_anew_once_it_is_pruned(score):
     """Autocast keeps the cast of a weight, which would answer as before it was pruned."""
     model = tiny_llama()
     batch = {"input_ids": torch.arange(32).reshape(2, 16)}
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch)
-        prune_oneshot_(model, [batch], sparsity=0.5, score="wanda")
+        prune_oneshot_(model, [batch], sparsity=0.5, score=score)
         within = model(**batch).logits
         assert torch.is_autocast_cache_enabled()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
