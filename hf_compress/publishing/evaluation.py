@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,9 +40,11 @@ def trainer_scores(trainer: Any) -> Callable[[PreTrainedModel], dict[str, float]
         prefix = "eval" if compressed else "dense"
         try:
             if not compressed:
-                # The trainer's own loop, collator, metrics and precision, with another model in it.
+                # The trainer's own loop, collator and metrics, with another model in it.
                 trainer.model = model if bits_of(model) else model.to(trainer.args.device)
-            with _only_known_inputs(model):
+            # Its own model was given its precision when it was prepared; another is not prepared.
+            precision = nullcontext() if compressed else trainer.accelerator.autocast()
+            with _only_known_inputs(model), precision:
                 found = trainer.evaluate(metric_key_prefix=prefix)
                 if _is_miscounted(trainer, model) and not _in_parts(trainer):
                     found |= {f"{prefix}_loss": _token_loss(trainer, model)}

@@ -5,11 +5,17 @@ import copy
 import pytest
 import torch
 from publishing.runs import read, score, settings
-from tiny import VOCABULARY, classification_rows, tiny_bert
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, Trainer
+from tiny import VOCABULARY, classification_rows, language_rows, tiny_bert, tiny_gpt2
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_compress import DistillationArguments, DistillationTrainer, PruningCallback, publish
 from hf_compress.metrics.functions import accuracy
+from hf_compress.publishing.evaluation import trainer_scores
 
 
 class Strict(DistilBertForSequenceClassification):
@@ -75,3 +81,25 @@ def test_a_dense_model_that_takes_fewer_inputs_is_measured_as_if_alone(kind, dis
     found = report["compressed"]["metrics"]
     assert (found["accuracy"], found[name]) == pytest.approx(reference(trainer.model), rel=1e-5)
     assert not dense._forward_pre_hooks
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["Trainer", "DistillationTrainer"])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2], ids=["classifier", "GPT-2"])
+def test_it_is_evaluated_in_the_precision_of_the_other(make, distilled, tmp_path):
+    """The very same weights get the very same scores, which are not those of float32."""
+    given = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    kind, more = Trainer, {}
+    arguments = TrainingArguments
+    if distilled:
+        kind, arguments, more = DistillationTrainer, DistillationArguments, {"teacher": make()}
+    data = rows() if make is tiny_bert else language_rows()
+    found = {}
+    for bf16 in (True, False):
+        model, dense = make(), make()
+        dense.load_state_dict(model.state_dict())
+        scores = trainer_scores(kind(model, arguments(**given, bf16=bf16), eval_dataset=data, **more))
+        own, other = scores(model), scores(dense)
+        name = "loss_task" if distilled else "loss"
+        assert other[name] == pytest.approx(own[name], rel=1e-6)
+        found[bf16] = other[name]
+    assert found[True] != pytest.approx(found[False], rel=1e-6)
