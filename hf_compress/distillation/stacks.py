@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 _FIELDS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _FIELDS_OF = {
@@ -33,14 +34,15 @@ class Stack:
 
 
 def find_stacks(model: PreTrainedModel) -> dict[str, Stack]:
-    """The stacks of `model` by name, in its order: lists of modules as long as the config says.
+    """The stacks of `model` by name, in its order: lists of modules as long as the config says, with
+    matrices in them, unlike the convolutions before the layers of a speech model.
 
     Raises ValueError where there is none, or where two cannot be told apart.
     """
     found: list[Stack] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{stack.path}.") for stack in found)
-        if isinstance(module, nn.ModuleList) and not inside:
+        if isinstance(module, nn.ModuleList) and not inside and _has_matrices(module):
             stack = _stack(model, path, module)
             if stack is not None:
                 found.append(stack)
@@ -68,6 +70,10 @@ def _stack(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> Stack | 
         if len(layers) > 0 and getattr(config, field, None) == len(layers):
             return Stack(name, path, owner, layers, config, field)
     return None
+
+
+def _has_matrices(layers: nn.ModuleList) -> bool:
+    return any(isinstance(module, (nn.Linear, Conv1D)) for module in layers.modules())
 
 
 def _models_around(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrainedModel]]:

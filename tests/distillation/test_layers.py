@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from distillation.heads import wav2vec2
 from tiny import (
     random_images,
     random_sound,
@@ -21,6 +22,7 @@ from transformers import (
     DistilBertForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
+    Wav2Vec2ForSequenceClassification,
 )
 
 from hf_compress.distillation.layers import evenly_spaced, init_student
@@ -162,6 +164,17 @@ def test_both_stacks_of_an_encoder_decoder_or_one():
     assert (one.config.num_layers, one.config.num_decoder_layers) == (4, 1)
     whisper = init_student(tiny_whisper(layers=3), {"encoder": 3, "decoder": 1})
     assert (whisper.config.encoder_layers, whisper.config.decoder_layers) == (3, 1)
+
+
+def test_as_many_convolutions_as_layers_are_no_stack(tmp_path):
+    teacher = wav2vec2(Wav2Vec2ForSequenceClassification)(layers=2).eval()
+    assert len(teacher.wav2vec2.feature_extractor.conv_layers) == teacher.config.num_hidden_layers
+    student = init_student(teacher, 1)
+    assert len(student.wav2vec2.feature_extractor.conv_layers) == teacher.config.num_hidden_layers
+    student.save_pretrained(tmp_path)
+    waves = {"input_values": torch.randn(2, 400)}
+    loaded = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert loaded(**waves).logits.equal(student(**waves).logits)
 
 
 def test_a_smaller_decoder_reloads_and_generates_with_its_cache(tmp_path):
