@@ -16,16 +16,21 @@ from transformers.utils import logging
 from hf_compress.calibration.batches import Batch, check_calibration
 from hf_compress.frozen import evaluating
 from hf_compress.latency import compare_latency
-from hf_compress.pruning.structure.anatomy import Units
 from hf_compress.pruning.structure.architectures import Kind
-from hf_compress.pruning.structure.choice import ROUNDED, check_round_to, count_kept, highest
-from hf_compress.pruning.structure.config import smaller_config
+from hf_compress.pruning.structure.choice import check_round_to
+from hf_compress.pruning.structure.parts import (
+    Part,
+    find_parts,
+    is_possible,
+    kept_by,
+    predicted_cost,
+    settings_of,
+    shares_by_stack,
+)
 from hf_compress.pruning.structure.removal import remove_units
-from hf_compress.pruning.structure.scores import Scores, UnitScore, items_of, score_units
+from hf_compress.pruning.structure.scores import UnitScore, items_of, score_units
 from hf_compress.pruning.structure.units import find_units
 
-EIGHTHS = 8
-MOST_OPTIONS = 16
 ATTEMPTS = 8
 
 
@@ -43,23 +48,6 @@ class Fitted:
     speedup: float | None
     bytes: tuple[int, int]
     losses: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What can be removed by one setting: the fraction of a kind that goes, or the layers of a stack.
-
-    left: how much stays by each option; all of it (1.0) is the first.
-    """
-
-    setting: str
-    stack: str | None
-    options: dict[float, dict[str, list[int]]]
-    units: tuple[Units, ...]
-
-    @property
-    def left(self) -> tuple[float, ...]:
-        return (1.0, *self.options)
 
 
 def fit_structure(
@@ -107,14 +95,14 @@ def fit_structure(
     units = find_units(model, kinds)
     with evaluating(model):
         scores = score_units(model, units, score=score, calibration=batches, seed=seed)
-        parts = _parts(model, units, scores, round_to)
+        parts = find_parts(model, units, scores, round_to)
         dense_loss = _loss(model, batches)
         harms, shares = _alone(model, parts, batches, dense_loss, cost)
         smaller, chosen, found = _search(model, parts, harms, shares, limit, cost)
         loss = _loss(smaller, batches)
     return Fitted(
         model=smaller.train(model.training),
-        settings=_settings(parts, chosen, units),
+        settings=settings_of(parts, chosen, units),
         speedup=None if speedup is None else 1 / found,
         bytes=(_bytes(model), _bytes(smaller)),
         losses=(dense_loss, loss),
@@ -136,35 +124,6 @@ def _check_budget(model: PreTrainedModel, speedup: float | None, max_bytes: int 
     raise ValueError(
         f"`max_bytes` is {max_bytes!r}: a whole number below the {dense:,} bytes of the weights."
     )
-
-
-def _parts(model: PreTrainedModel, units: Sequence[Units], scores: Scores, round_to: int) -> list[Part]:
-    parts = []
-    for kind in dict.fromkeys(u.kind for u in units if u.kind != "layers"):
-        inside = tuple(u for u in units if u.kind == kind)
-        steps = EIGHTHS if kind in ROUNDED else min(u.count for u in inside)
-        options = {}
-        for gone in range(1, steps):
-            try:
-                counts = {u.name: count_kept(u, gone / steps, round_to) for u in inside}
-                kept = {name: highest(scores[name], count) for name, count in counts.items()}
-                smaller_config(model, kept)
-            except ValueError:  # no whole units, or what the config forbids
-                continue
-            options[1 - gone / steps] = kept
-        parts.append(Part(kind, None, _thinned(options), inside))
-    for stack in (u for u in units if u.kind == "layers"):
-        options = {
-            count / stack.count: {stack.name: highest(scores[stack.name], count)}
-            for count in range(stack.count - 1, 0, -1)
-        }
-        parts.append(Part("layers", stack.name, _thinned(options), (stack,)))
-    return [part for part in parts if part.options]
-
-
-def _thinned(options: dict[float, dict[str, list[int]]]) -> dict[float, dict[str, list[int]]]:
-    step = -(-len(options) // MOST_OPTIONS)
-    return {left: options[left] for left in list(options)[step - 1 :: step or 1]}
 
 
 def _alone(
@@ -200,19 +159,21 @@ def _search(
 ) -> tuple[PreTrainedModel, tuple[float, ...], float]:
     """The least harmful that is measured to cost no more than `limit`: model, what is left, cost."""
     stacks = {u.name: u for part in parts for u in part.units if part.stack}
-    weights = [_by_stack(part, stacks.values()) for part in parts]
+    weights = [shares_by_stack(part, stacks.values()) for part in parts]
     choices = [
         (sum(harm[left] for harm, left in zip(harms, choice, strict=True)), -sum(choice), choice)
         for choice in product(*(part.left for part in parts))
     ]
-    priced = [(choice, _predicted(parts, choice, shares, weights)) for *_, choice in sorted(choices)]
+    priced = [
+        (choice, predicted_cost(parts, choice, shares, weights)) for *_, choice in sorted(choices)
+    ]
     bound, least = limit, math.inf
     by_price = sorted(priced, key=lambda each: each[1])
-    smallest, lowest = next(each for each in by_price if _possible(model, parts, each[0]))
+    smallest, lowest = next(each for each in by_price if is_possible(model, parts, each[0]))
     for _ in range(ATTEMPTS):
         cheap = (choice for choice, price in priced if price <= bound)
-        choice = next((choice for choice in cheap if _possible(model, parts, choice)), smallest)
-        smaller = remove_units(model, _kept(parts, choice))
+        choice = next((choice for choice in cheap if is_possible(model, parts, choice)), smallest)
+        smaller = remove_units(model, kept_by(parts, choice))
         found = cost(smaller.eval())
         if found <= limit:
             return smaller, choice, found
@@ -220,55 +181,11 @@ def _search(
         if choice == smallest:
             break
         # What was too dear by a tenth: a tenth less of what it was predicted to cost, next time.
-        bound = max(_predicted(parts, choice, shares, weights) * limit / found, lowest)
+        bound = max(predicted_cost(parts, choice, shares, weights) * limit / found, lowest)
     raise ValueError(
         f"the budget is {limit:.3f} of what the dense model takes, and the nearest that was found "
         f"takes {least:.3f}: ask for less, allow more `kinds`, or quantize too."
     )
-
-
-def _kept(parts: Sequence[Part], choice: Sequence[float]) -> dict[str, list[int]]:
-    kept = [part.options[left] for part, left in zip(parts, choice, strict=True) if left < 1]
-    return {name: units for each in kept for name, units in each.items()}
-
-
-def _possible(model: PreTrainedModel, parts: Sequence[Part], choice: Sequence[float]) -> bool:
-    """Whether the config allows what its parts alone do: Llama's counts hidden features by heads."""
-    try:
-        smaller_config(model, _kept(parts, choice))
-    except ValueError:
-        return False
-    return True
-
-
-def _by_stack(part: Part, stacks: Iterable[Units]) -> dict[str, float]:
-    """How much of a part lies in the layers of each stack that can lose some."""
-    places = [reader for units in part.units for reader in units.readers]
-    return {
-        stack.name: sum(place.startswith(f"{stack.name}.") for place in places) / len(places)
-        for stack in stacks
-    }
-
-
-def _predicted(
-    parts: Sequence[Part],
-    choice: Sequence[float],
-    shares: Sequence[float],
-    weights: Sequence[Mapping[str, float]],
-) -> float:
-    """What layers cost is in proportion to their number, and what is inside goes with them; all that
-    is left is in proportion to the hidden features."""
-    depth = {part.stack: left for part, left in zip(parts, choice, strict=True) if part.stack}
-    price = width = 1.0
-    for part, left, share, by_stack in zip(parts, choice, shares, weights, strict=True):
-        if part.setting == "hidden":
-            width -= share * (1 - left)
-            continue
-        alive = 1.0
-        if part.stack is None:
-            alive -= sum(weight * (1 - depth[stack]) for stack, weight in by_stack.items())
-        price -= share * (1 - left) * alive
-    return price * width
 
 
 @torch.no_grad()
@@ -287,21 +204,3 @@ def _loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
 
 def _bytes(model: nn.Module) -> int:
     return sum(param.numel() * param.element_size() for param in model.parameters())
-
-
-def _settings(parts: Sequence[Part], choice: Sequence[float], units: Sequence[Units]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    layers = {u.name: u.count for u in units if u.kind == "layers"}
-    whole = dict(layers)
-    for part, left in zip(parts, choice, strict=True):
-        if part.stack is not None:
-            layers[part.stack] = round(left * layers[part.stack])
-        elif left < 1:
-            settings[part.setting] = 1 - left
-    if layers == whole:
-        return settings
-    if len(layers) == 1:
-        return settings | {"layers": next(iter(layers.values()))}
-    common = set.intersection(*(set(stack.split(".")) for stack in layers))
-    own = {stack: next(n for n in stack.split(".") if n not in common) for stack in layers}
-    return settings | {"layers": {own[stack]: count for stack, count in layers.items()}}
