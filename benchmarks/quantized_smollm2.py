@@ -215,6 +215,13 @@ def by_us(method, folder, written, runs, data, options):
     return model, file_bytes(written)
 
 
+def name_of(method, options):
+    """Of what is kept of it: that of a training tells its settings."""
+    if "-trained-" not in method:
+        return method
+    return f"{method}-{options.steps}-steps-{options.batch}-{options.learning_rate}"
+
+
 def run(method, folder, runs, data, options):
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as written:
@@ -270,20 +277,13 @@ def main():
         "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
     }
     folder = tuned(train, options)
-    cut = (
-        "group_size",
-        "steps",
-        "batch",
-        "learning_rate",
-        "block_steps",
-        "block_batch",
-        "auto_round_iters",
-    )
+    cut = ("group_size", "block_steps", "block_batch", "auto_round_iters")
     cut += ("calibration_rows", "evaluation_rows")
     runs = folder.with_name("-".join([folder.name, *(str(vars(options)[name]) for name in cut)]))
     found = {
         method: cached(
-            runs / f"{method}.json", lambda method=method: run(method, folder, runs, data, options)
+            runs / f"{name_of(method, options)}.json",
+            lambda method=method: run(method, folder, runs, data, options),
         )
         for method in tqdm(options.methods, unit="run")
     }
