@@ -28,7 +28,7 @@ def main():
     options = parser.parse_args()
     ids = load_file(options.calibration)["input_ids"]
     rows, length = ids.shape
-    AutoRound(
+    rounded, _ = AutoRound(
         AutoModelForCausalLM.from_pretrained(options.model),
         AutoTokenizer.from_pretrained(options.model),
         bits=options.bits,
@@ -40,7 +40,9 @@ def main():
         dataset=[{"input_ids": part} for part in ids.split(4)],
         device_map="cpu",
         enable_torch_compile=False,  # minutes for each block, more than it saves
-    ).quantize_and_save(output_dir=options.output, format="fake")
+    ).quantize()
+    # Its own saving in the format "fake" puts the dense weights of a model in float32 back in their place.
+    rounded.save_pretrained(options.output)
     print(json.dumps({"auto_round": version("auto-round")}))
 
 
