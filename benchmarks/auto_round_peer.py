@@ -41,7 +41,7 @@ def main():
         device_map="cpu",
         enable_torch_compile=False,  # minutes for each block, more than it saves
     ).quantize()
-    # Its own saving in the format "fake" puts the dense weights of a model in float32 back in their place.
+    # Its own saving in the format "fake" puts the dense weights back, where these are in float32.
     rounded.save_pretrained(options.output)
     print(json.dumps({"auto_round": version("auto-round")}))
 
