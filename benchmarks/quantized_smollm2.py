@@ -147,14 +147,15 @@ def by_auto_round(method, folder, written, data, options):
 def train_on(model, folder, scheme, grids, data, options):
     """Trains the model on from its grids; returns those that it ends on."""
     set_seed(0)
-    callback = QuantizationCallback(**scheme, grids=grids, learn_scale=True, end=1.0)
+    callback = QuantizationCallback(**scheme, grids=grids, learn_scale=options.learn_scale, end=1.0)
+    steps_of_grids = torch.cat([grid.scale.flatten() for grid in grids.values()])
     model.get_input_embeddings().requires_grad_(False)
     with tempfile.TemporaryDirectory() as output:
         arguments = DistillationArguments(
             **settings(output),
             max_steps=options.steps,
             per_device_train_batch_size=options.batch,
-            learning_rate=options.learning_rate,
+            learning_rate=options.rate * steps_of_grids.mean().item(),
             lr_scheduler_type="cosine",
             bf16=True,
             alpha=1.0,
@@ -219,7 +220,8 @@ def name_of(method, options):
     """Of what is kept of it: that of a training tells its settings."""
     if "-trained-" not in method:
         return method
-    return f"{method}-{options.steps}-steps-{options.batch}-{options.learning_rate}"
+    learnt = "-learnt" if options.learn_scale else ""
+    return f"{method}-{options.steps}-steps-{options.batch}-{options.rate}{learnt}"
 
 
 def run(method, folder, runs, data, options):
@@ -259,7 +261,10 @@ def main():
     parser.add_argument("--steps", type=int, default=300, help="of training on the grid")
     parser.add_argument("--block_steps", type=int, default=STEPS, help="of each block, by blockwise")
     parser.add_argument("--block_batch", type=int, default=4, help="rows for each of these")
-    parser.add_argument("--learning_rate", type=float, default=5e-5, help="in that training")
+    parser.add_argument(
+        "--rate", type=float, default=0.016, help="learning rate in that training, in steps of the grid"
+    )
+    parser.add_argument("--learn_scale", action="store_true", help="train the scales too")
     parser.add_argument("--train_rows", type=int, default=400)
     parser.add_argument("--calibration_rows", type=int, default=32)
     parser.add_argument("--evaluation_rows", type=int, default=64)
