@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_compress import prune_oneshot_, quantize_oneshot_
 from hf_compress.constraint import constrain
-from hf_compress.quantization.blockwise import BETAS, RATE
+from hf_compress.quantization.blockwise import BETAS, TRAVEL
 from hf_compress.quantization.grids import Scheme, fake_quantize, fit, grouped
 from hf_compress.quantization.learned import MEAN, SQUARE
 from hf_compress.quantization.quantizer import SCALE_RATE, Quantizer
@@ -90,7 +90,7 @@ def plain(layer, calls, answers, masks, bits, group_size, steps=STEPS):
             second[n] = BETAS[1] * second[n] + (1 - BETAS[1]) * grad**2
             unbiased = first[n] / (1 - BETAS[0] ** step), second[n] / (1 - BETAS[1] ** step)
             moved = unbiased[0] / (unbiased[1].sqrt() + 1e-20)
-            latent[n] = latent[n] - RATE * size[n] * left * moved
+            latent[n] = latent[n] - 2 * TRAVEL / steps * size[n] * left * moved
     return {n: ((latent[n] / scale[n]).round().clamp(low, high) * scale[n]).flatten(1) for n in names}
 
 
