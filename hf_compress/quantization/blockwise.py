@@ -23,8 +23,8 @@ from hf_compress.quantization.quantizer import Quantizer
 from hf_compress.targets import Target
 
 TRAVEL = 0.5
-"""How far Adam can move a weight in all steps, in steps of its grid: enough to round it up or down. With
-twice as much it learns little data by heart, and other texts come out wrong."""
+"""How far Adam can move a weight in all steps, in steps of its grid: enough to round it up or down. Twice
+as far it learns little data by heart, and other texts come out wrong."""
 
 BETAS = (0.9, 0.99)
 
@@ -95,9 +95,10 @@ def reconstruct_(
         features, False where it does not count. Those of another shape, and None, let all count.
     steps: of Adam, each on one call: in an order that is drawn anew for each time through all of them.
 
-    The loss is the mean over positions of the squared error relative to the squared answer, since a few
-    positions of large language models are a thousand times as large as the others. Weights that are
-    zero stay zero.
+    The loss is the squared error relative to the squared answer: the mean of that of each position, and
+    that of all together. In language models a few positions are a thousand times as large as the
+    others and hold the attention of all: by the second alone nothing else would count, by the first
+    alone hardly they would. Weights that are zero stay zero.
     """
     quantizer = Quantizer(
         scheme.bits,
@@ -141,12 +142,13 @@ def first_output(output: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _relative_error(answer: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-    wanted = wanted.float()
-    smallest = torch.finfo(torch.float32).smallest_normal
-    error = (answer.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=smallest)
+    error = (answer.float() - wanted.float()).square().sum(-1)
+    size = wanted.float().square().sum(-1)
     if mask is not None and mask.shape == error.shape:
-        error = error[mask.to(error.device)]
-    return error.mean()
+        error, size = error[mask.to(error.device)], size[mask.to(error.device)]
+    smallest = torch.finfo(torch.float32).smallest_normal
+    together = error.sum() / size.sum().clamp(min=smallest)
+    return (error / size.clamp(min=smallest)).mean() + together
 
 
 def _orders(count: int) -> Iterator[int]:

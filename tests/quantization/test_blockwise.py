@@ -69,8 +69,9 @@ def plain(layer, calls, answers, masks, bits, group_size, steps=STEPS):
             weights[f"{n}.weight"].retain_grad()
         args, kwargs = calls[index]
         answer = torch.func.functional_call(layer, weights, args, kwargs)
-        error = (answer - answers[index]).square().sum(-1) / answers[index].square().sum(-1)
-        error[masks[index]].mean().backward()
+        error = (answer - answers[index])[masks[index]].square().sum(-1)
+        whole = answers[index][masks[index]].square().sum(-1)
+        ((error / whole).mean() + error.sum() / whole.sum()).backward()
         left = 1 - (step - 1) / steps
         for n in names:
             by_log = s[n].grad * scale[n]
