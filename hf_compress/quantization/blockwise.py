@@ -23,8 +23,8 @@ from hf_compress.quantization.quantizer import Quantizer
 from hf_compress.targets import Target
 
 TRAVEL = 0.5
-"""How far Adam can move a weight in all steps, in steps of its grid: enough to round it up or down. Twice
-as far it learns little data by heart, and other texts come out wrong."""
+"""How far Adam can move a weight in all steps, in steps of its grid: enough to round it up or down.
+Twice as far it learns little data by heart, and other texts come out wrong."""
 
 BETAS = (0.9, 0.99)
 
