@@ -27,8 +27,8 @@ class QuantizationCallback(ConstrainingCallback):
 
     bits, group_size, grid, symmetric, start, end, interval, learn_scale, grids: see
         `hf_compress.quantization.quantizer.Quantizer`. From `end` on the grid is fixed. With `grids`
-        what `quantize_oneshot_` has found is trained on from exactly there: the middle of the cells, which
-        weights leave where the learning rate is about 1 % of a scale.
+        what `quantize_oneshot_` has found is trained on from exactly there: the middle of the cells,
+        which weights leave where the learning rate is about 1 % of a scale.
     activations: 8 (or 2 to 8) to train with the inputs of the targeted layers as integers of so many
         bits too, from `start` on: see `hf_compress.quantization.activations.InputQuantizer`.
     calibration: batches, mappings of tensors as the model's forward takes them, some 32 rows. With them
