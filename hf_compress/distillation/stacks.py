@@ -34,15 +34,15 @@ class Stack:
 
 
 def find_stacks(model: PreTrainedModel) -> dict[str, Stack]:
-    """The stacks of `model` by name, in its order: lists of modules as long as the config says, with
-    matrices in them, unlike the convolutions before the layers of a speech model.
+    """The stacks of `model` by name, in its order: lists of modules as long as the config says, but
+    for the convolutions before the layers of a speech model.
 
     Raises ValueError where there is none, or where two cannot be told apart.
     """
     found: list[Stack] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{stack.path}.") for stack in found)
-        if isinstance(module, nn.ModuleList) and not inside and _has_matrices(module):
+        if isinstance(module, nn.ModuleList) and not inside and not _only_convolves(module):
             stack = _stack(model, path, module)
             if stack is not None:
                 found.append(stack)
@@ -72,8 +72,11 @@ def _stack(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> Stack | 
     return None
 
 
-def _has_matrices(layers: nn.ModuleList) -> bool:
-    return any(isinstance(module, (nn.Linear, Conv1D)) for module in layers.modules())
+def _only_convolves(layers: nn.ModuleList) -> bool:
+    # Not by the lack of a Linear alone: those that some quantizers put in its place are none.
+    modules = list(layers.modules())
+    convolves = any(isinstance(module, nn.Conv1d) for module in modules)
+    return convolves and not any(isinstance(module, (nn.Linear, Conv1D)) for module in modules)
 
 
 def _models_around(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrainedModel]]:
