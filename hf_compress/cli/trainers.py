@@ -28,6 +28,7 @@ from hf_compress.cli.inputs import Processor, collator_of, prepared
 from hf_compress.cli.judging import Splits, compute_scores
 from hf_compress.cli.tasks import load_model
 from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.distillation.cache.precompute import precompute_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.pruning.vocabulary.prune import prune_vocabulary
 
@@ -81,6 +82,30 @@ class Trainers:
             model, processor, *(prepared(rows, processor, self.arguments, names) for rows in raw)
         )
 
+    @lru_cache(maxsize=2)  # noqa: B019  # the same
+    def taught(self, *, vocabulary: bool) -> Base:
+        """`base`, and beside its rows what the model answers: asked once, for all trainings."""
+        base = self.base(vocabulary=vocabulary)
+        model: Any = base.model
+
+        def ask(rows: Dataset) -> Dataset:
+            return precompute_teacher(
+                rows,
+                model.to(self.training.device),
+                data_collator=self._collator(base.processor),
+                batch_size=self.training.eval_batch_size,
+                folder=self.scratch / "asked",
+            )
+
+        rows = (ask(part) for part in (base.train, base.validation, base.test))
+        return Base(base.model, base.processor, *rows)
+
+    def base_of(self, candidate: Candidate) -> Base:
+        """What it is made of and learns from."""
+        # Answers about every token of a vocabulary would fill the disk.
+        kept = candidate.distil and self.splits.names is not None
+        return (self.taught if kept else self.base)(vocabulary=candidate.vocabulary)
+
     def of_candidate(self, candidate: Candidate, steps: int) -> Trainer:
         """From the dense weights, always in the same way."""
         set_seed(self.training.seed)
@@ -93,7 +118,10 @@ class Trainers:
             callbacks.append(PruningCallback(candidate.sparsity))
         if candidate.bits is not None:
             callbacks.append(QuantizationCallback(candidate.bits, group_size=candidate.group_size))
-        teacher = base.model if candidate.distil else None
+        teacher: PreTrainedModel | str | None = None
+        if candidate.distil:
+            teacher = base.model if self.splits.names is None else "cached"
+        base = self.base_of(candidate)
         return self.of_model(base, model, steps, callbacks=callbacks, teacher=teacher)
 
     def of_model(
@@ -103,7 +131,7 @@ class Trainers:
         steps: int,
         *,
         callbacks: list[Any] | None = None,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | str | None = None,
     ) -> Trainer:
         """Of any model that reads the rows of `base`; it evaluates those of the validation."""
         settings: dict[str, Any] = {

@@ -136,7 +136,7 @@ class Trainings:
     def finish(self, candidate: Candidate, steps: int) -> Finished:
         trainer = self.trainers.of_candidate(candidate, steps)
         trained = self._train(trainer, steps)
-        base = self.trainers.base(vocabulary=candidate.vocabulary)
+        base = self.trainers.base_of(candidate)
         dense = self.trainers.base(vocabulary=False).model
         trainer.eval_dataset = base.test
         scores = trainer_scores(trainer)
