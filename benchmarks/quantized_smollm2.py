@@ -155,7 +155,7 @@ def train_on(model, folder, scheme, grids, data, options):
             **settings(output),
             max_steps=options.steps,
             per_device_train_batch_size=options.batch,
-            learning_rate=options.rate * steps_of_grids.mean().item(),
+            learning_rate=options.rate * steps_of_grids.abs().mean().item(),
             lr_scheduler_type="cosine",
             bf16=True,
             alpha=1.0,

@@ -115,7 +115,7 @@ def reconstruct_(
     optimizer = torch.optim.Adam([{"params": [p]} for p in params.values()], betas=BETAS, eps=1e-20)
     with torch.enable_grad(), _own_gradients(params.values()):
         constraints = constrain(optimizer, params, quantizer)
-        sizes = [grid.scale.mean().item() for grid in quantizer.grids.values()]
+        sizes = [grid.scale.abs().mean().item() for grid in quantizer.grids.values()]
         for step, index in zip(range(steps), _orders(len(calls)), strict=False):
             call = calls[index]
             answer = first_output(block(*call.args, **call.kwargs))

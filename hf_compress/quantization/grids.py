@@ -11,7 +11,7 @@ checkpoints keep it in that dtype, and would change any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,9 +31,9 @@ GroupSize = int | Literal["tensor"] | None
 class Grid:
     """The grids of the groups of a weight.
 
-    scale: one positive number for each group; zero_point: one code for each group, as a float; None
-    where all are 0. Both have the shape of the weight with its input dimension divided by the members
-    of a group, or all 1 in the last two dimensions for one group in each matrix.
+    scale: one number for each group, not 0; zero_point: one code for each group, as a float; None where
+    all are 0. Both have the shape of the weight with its input dimension divided by the members of a
+    group, or all 1 in the last two dimensions for one group in each matrix.
     """
 
     scale: Tensor
@@ -65,7 +65,9 @@ class Scheme:
         "minmax": the smallest scale that clips nothing.
         "percentile": the same without the largest and smallest thousandth of the weights, hence as
             "minmax" in groups of less than 1000.
-        "mse": of "minmax" clipped to 5 ... 100 %, what has the lowest squared error.
+        "mse": of "minmax" clipped to 5 ... 100 %, what has the lowest squared error. Below zero is
+            one code more than above it: symmetric grids of less than 8 bits give it to the side that
+            reaches further, by a negative scale where that is the positive one.
         "median": the zero point puts the middle of the codes at the median; of the scales down from the
             largest deviation, what has the lowest squared error. Not symmetric.
         "auto": in each group, the one of these with the lowest squared error.
@@ -278,8 +280,12 @@ def _percentile(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Iterator[
 
 def _mse(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Iterator[Grid]:
     low, high = _range(weight)
+    # At 8 bits nothing is won by it, and integer kernels may count on a positive scale.
+    turned = (high > -low) & (scheme.symmetric and scheme.bits < 8)
+    low, high = torch.where(turned, -high, low), torch.where(turned, -low, high)
     for ratio in RATIOS:
-        yield _over(ratio * low, ratio * high, scheme, dtype)
+        grid = _over(ratio * low, ratio * high, scheme, dtype)
+        yield replace(grid, scale=torch.where(turned, -grid.scale, grid.scale))
 
 
 def _median(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Iterator[Grid]:
@@ -298,8 +304,7 @@ def _median(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Iterator[Grid
 
 
 def _auto(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Iterator[Grid]:
-    # The first of "mse" is "minmax".
-    for candidates in (_mse, _percentile, _absmax if scheme.symmetric else _median):
+    for candidates in (_minmax, _mse, _percentile, _absmax if scheme.symmetric else _median):
         yield from candidates(weight, scheme, dtype)
 
 

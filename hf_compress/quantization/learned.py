@@ -31,7 +31,7 @@ def scale_gradient(groups: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
 def learn_scale_(scale: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, rate: float) -> None:
     """One step of Adam on the logarithm of `scale`, in place, its moments too.
 
-    `rate` is the relative change of the scale. By the logarithm it stays positive, and neither its size
+    `rate` is the relative change of the scale. By the logarithm it keeps its sign, and neither its size
     nor the number of members matters: the paper's factor 1 / sqrt(members * highest code), which makes
     up for them under plain SGD, would cancel here.
     """

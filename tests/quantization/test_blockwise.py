@@ -51,7 +51,7 @@ def plain(layer, calls, answers, masks, bits, group_size, steps=STEPS):
     scale = {
         n: fit(latent[n], Scheme(bits=bits, group_size=group_size)).scale.unsqueeze(-1) for n in names
     }
-    size = {n: scale[n].mean() for n in names}
+    size = {n: scale[n].abs().mean() for n in names}
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     first = {n: torch.zeros_like(latent[n]) for n in names}
     second = {n: torch.zeros_like(latent[n]) for n in names}

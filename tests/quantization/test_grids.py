@@ -53,6 +53,12 @@ def over(low, high, bits, symmetric):
     return scale, min(max(lowest - round(low / scale), lowest), highest)
 
 
+def finer(low, high, bits, symmetric):
+    """Of the two symmetric grids, with one code more below zero or above it, the finer one."""
+    below, above = over(low, high, bits, symmetric), over(-high, -low, bits, symmetric)
+    return (-above[0], 0) if symmetric and bits < 8 and above < below else below
+
+
 def naive(group, bits, symmetric, grid):
     """All candidates of a grid, in double precision and by the book."""
     low, high = min(0.0, *group), max(0.0, *group)
@@ -65,7 +71,7 @@ def naive(group, bits, symmetric, grid):
         kept = sorted(group)[dropped : len(group) - dropped]
         return [over(min(0.0, kept[0]), max(0.0, kept[-1]), bits, symmetric)]
     if grid == "mse":
-        return [over(ratio * low, ratio * high, bits, symmetric) for ratio in RATIOS]
+        return [finer(ratio * low, ratio * high, bits, symmetric) for ratio in RATIOS]
     if grid == "median":
         half, median = 2 ** (bits - 1), statistics.median(group)
         largest = max(max(abs(w - median) for w in group) / (half - 1), abs(median) / half)
@@ -131,7 +137,7 @@ def test_groups_of_one_value(grid, symmetric, value, bits):
         groups = torch.full((1, members), value)
         fitted = fit(groups, Scheme(bits=bits, grid=grid, symmetric=symmetric))
         assert fitted.scale.isfinite().all()
-        assert (fitted.scale > 0).all()
+        assert (fitted.scale != 0).all()
         values = fake_quantize(groups, fitted)
         if grid == "absmax":
             # By its definition the largest lies half a step beyond the last positive code.
