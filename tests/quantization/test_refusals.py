@@ -203,4 +203,4 @@ def test_weights_that_are_all_zero_or_all_equal_are_trained(tmp_path, value, set
     callback = QuantizationCallback(2, **settings)
     trainer(tmp_path, callback, model, max_steps=3).train()
     assert all(param.isfinite().all() for param in find_targets(model).parameters.values())
-    assert callback.grids[QUERY].scale.min() > 0
+    assert (callback.grids[QUERY].scale != 0).all()
