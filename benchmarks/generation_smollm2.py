@@ -17,16 +17,23 @@ import tempfile
 from contextlib import ExitStack
 
 import torch
-from quantized_smollm2 import dataset, file_bytes, rounded, settings, tuned
-from smollm2 import load, perplexity, rows
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+from quantized_smollm2 import (
+    add_shared_arguments,
+    by_bitsandbytes,
+    by_us,
+    dataset,
+    file_bytes,
+    prepared,
+    settings,
+)
+from smollm2 import perplexity
+from transformers import AutoModelForCausalLM, set_seed
 
-from hf_compress import DistillationArguments, DistillationTrainer, init_student, save_quantized
+from hf_compress import DistillationArguments, DistillationTrainer, init_student
 from hf_compress.latency import compare_decoding
 from hf_compress.measure import environment
 
 KINDS = ("fp32", "bf16", "nf4", "int4", "half", "half-bf16")
-SCHEME = {"bits": 4, "group_size": 64, "grid": "mse", "symmetric": True}
 
 
 def half_depth(folder, data, options):
@@ -55,24 +62,19 @@ def half_depth(folder, data, options):
     return place
 
 
-def model_of(kind, folder, place, data, options):
+def model_of(kind, place, begun, options):
     """A model as plain transformers loads it from `place`, and the bytes of its file there."""
-    source, loading = folder, {}
-    if kind.startswith("half"):
-        source = half_depth(folder, data, options)
-    if kind == "int4":
-        kept = folder.with_name(f"{folder.name}-int4-{options.block_steps}.safetensors")
-        model, grids = rounded("blockwise", SCHEME, folder, kept, data, options)
-        save_quantized(model, place, grids=grids)
-        source = place
+    data, folder, runs = begun
     if kind == "nf4":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        loading["quantization_config"] = config  # None would not read the config of a file
+        return by_bitsandbytes(kind, folder, place)
+    if kind == "int4":
+        _, size = by_us("blockwise-mse-4", folder, place, runs, data, options)
+        return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32), size
+    source = half_depth(folder, data, options) if kind.startswith("half") else folder
     dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **loading)
-    if source != place:
-        model.save_pretrained(place)
-    return model.eval(), file_bytes(place)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model.save_pretrained(place)
+    return model, file_bytes(place)
 
 
 def main():
@@ -85,30 +87,17 @@ def main():
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--student_layers", type=int, default=15)
     parser.add_argument("--steps", type=int, default=300, help="of distilling half")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--block_steps", type=int, default=100, help="of each block of int4")
-    parser.add_argument("--block_batch", type=int, default=4)
-    parser.add_argument("--tuning_steps", type=int, default=100)
-    parser.add_argument("--length", type=int, default=256, help="of a row of the data")
-    parser.add_argument("--train_rows", type=int, default=400)
-    parser.add_argument("--calibration_rows", type=int, default=32)
-    parser.add_argument("--evaluation_rows", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of that")
+    add_shared_arguments(parser)
     options = parser.parse_args()
-    _, tokenizer = load()
-    count = options.calibration_rows + options.train_rows
-    prose = rows(tokenizer, "book-excerpts", count, options.length)
-    data = {
-        "calibration": prose[: options.calibration_rows],
-        "train": prose[options.calibration_rows :],
-    }
-    evaluation = rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length)
-    folder = tuned(data["train"], options)
+    begun = prepared(options)
+    evaluation = begun[0]["evaluation"]
     models, found = {}, {}
     with ExitStack() as stack:
         for kind in options.kinds:
             place = stack.enter_context(tempfile.TemporaryDirectory())
-            models[kind], size = model_of(kind, folder, place, data, options)
+            model, size = model_of(kind, place, begun, options)
+            models[kind] = model.eval()
             found[kind] = {"perplexity": perplexity(models[kind], evaluation), "file_bytes": size}
         inputs = {"input_ids": evaluation[:1, : options.prompt]}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -246,45 +246,55 @@ def run(method, folder, runs, data, options):
     }
 
 
+def add_shared_arguments(parser):
+    """Of what is common to the benchmarks that begin with this dense model and its 4-bit one."""
+    parser.add_argument("--group_size", type=int, default=64, help="of our methods")
+    parser.add_argument("--length", type=int, default=256, help="tokens for each row")
+    parser.add_argument("--batch", type=int, default=2, help="of training")
+    parser.add_argument(
+        "--tuning_steps", type=int, default=100, help="of the dense model in fp32; 0: as it comes"
+    )
+    parser.add_argument("--block_steps", type=int, default=STEPS, help="of each block, by blockwise")
+    parser.add_argument("--block_batch", type=int, default=4, help="rows for each of these")
+    parser.add_argument("--train_rows", type=int, default=400)
+    parser.add_argument("--calibration_rows", type=int, default=32)
+    parser.add_argument("--evaluation_rows", type=int, default=64)
+    parser.add_argument("--auto_round_iters", type=int, default=200, help="its default is 200")
+
+
+def prepared(options):
+    """Rows of token ids by their use, the folder of the dense model, and that of the runs."""
+    _, tokenizer = load()
+    prose = rows(
+        tokenizer, "book-excerpts", options.calibration_rows + options.train_rows, options.length
+    )
+    data = {
+        "train": prose[options.calibration_rows :],
+        "calibration": prose[: options.calibration_rows],
+        "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
+    }
+    folder = tuned(data["train"], options)
+    cut = ("group_size", "block_steps", "block_batch", "auto_round_iters")
+    cut += ("calibration_rows", "evaluation_rows")
+    runs = folder.with_name("-".join([folder.name, *(str(vars(options)[name]) for name in cut)]))
+    return data, folder, runs
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     methods = ("dense", *BITSANDBYTES, *TORCHAO, *AUTO_ROUND, *OURS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
-    parser.add_argument("--group_size", type=int, default=64, help="of our methods")
-    parser.add_argument("--length", type=int, default=256, help="tokens for each row")
-    parser.add_argument("--batch", type=int, default=2, help="of training on the grid")
-    parser.add_argument(
-        "--tuning_steps", type=int, default=100, help="of the dense model in fp32; 0: as it comes"
-    )
     parser.add_argument("--steps", type=int, default=300, help="of training on the grid")
-    parser.add_argument("--block_steps", type=int, default=STEPS, help="of each block, by blockwise")
-    parser.add_argument("--block_batch", type=int, default=4, help="rows for each of these")
     parser.add_argument(
         "--rate", type=float, default=0.016, help="learning rate in that training, in steps of the grid"
     )
     parser.add_argument("--learn_scale", action="store_true", help="train the scales too")
-    parser.add_argument("--train_rows", type=int, default=400)
-    parser.add_argument("--calibration_rows", type=int, default=32)
-    parser.add_argument("--evaluation_rows", type=int, default=64)
     parser.add_argument("--peer_python", help="the Python that auto-round is installed for")
-    parser.add_argument("--auto_round_iters", type=int, default=200, help="its default is 200")
+    add_shared_arguments(parser)
     options = parser.parse_args()
-    _, tokenizer = load()
-    prose = rows(
-        tokenizer, "book-excerpts", options.calibration_rows + options.train_rows, options.length
-    )
-    train = prose[options.calibration_rows :]
-    data = {
-        "train": train,
-        "calibration": prose[: options.calibration_rows],
-        "evaluation": rows(tokenizer, "grimm-tales", options.evaluation_rows, options.length),
-    }
-    folder = tuned(train, options)
-    cut = ("group_size", "block_steps", "block_batch", "auto_round_iters")
-    cut += ("calibration_rows", "evaluation_rows")
-    runs = folder.with_name("-".join([folder.name, *(str(vars(options)[name]) for name in cut)]))
+    data, folder, runs = prepared(options)
     found = {
         method: cached(
             runs / f"{name_of(method, options)}.json",
