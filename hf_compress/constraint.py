@@ -22,88 +22,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DummyOptim
-from torch import Tensor, nn
-from torch.distributed.fsdp import FlatParameter
+from torch import nn
 from torch.optim import Optimizer
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-PREFIX = "hf_compress_"
+from hf_compress.member import PREFIX, Member
+from hf_compress.optimizers import check_parameters, torch_optimizer
+
 _ATTACHED = "_hf_compress_constraints"
-
-
-class Member:
-    """One constrained parameter with the tensors kept for it, by name: "latent", "mask", ...
-
-    Before the parameter's first step the tensors wait here, since optimizers initialise a
-    parameter whose state is empty; from then on they are in `optimizer.state[param]`. They have
-    the parameter's shape, placement and dtype: `Optimizer.load_state_dict` would cast any other
-    dtype to it, so resuming would change them (masks come back as floats, and are made bool again).
-    """
-
-    def __init__(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> None:
-        self.name = name
-        self.param = param
-        self._optimizer = optimizer
-        self._pending: dict[str, Tensor] = {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._pending or PREFIX + key in self._optimizer.state.get(self.param, {})
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key in self._pending:
-            return self._pending[key]
-        return self._optimizer.state[self.param][PREFIX + key]
-
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        if self.stepped:
-            self._optimizer.state[self.param][PREFIX + key] = value
-        else:
-            self._pending[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        if key in self._pending:
-            del self._pending[key]
-        else:
-            del self._optimizer.state[self.param][PREFIX + key]
-
-    def keys(self) -> set[str]:
-        """The names of the tensors that are kept."""
-        state = self._optimizer.state.get(self.param, {})
-        names = {str(key).removeprefix(PREFIX) for key in state if str(key).startswith(PREFIX)}
-        return names | set(self._pending)
-
-    @property
-    def stepped(self) -> bool:
-        """Whether the optimizer has stepped on this parameter, before a resume or since."""
-        return bool(self._optimizer.state.get(self.param))
-
-    @property
-    def latent(self) -> Tensor:
-        """The weight that is trained: the parameter itself where no latent copy is needed."""
-        if "latent" in self:
-            return self["latent"]
-        return self.param
-
-    @property
-    def momenta(self) -> list[Tensor]:
-        """The optimizer's running means of this parameter's gradients; none where it keeps them in
-        8 bit."""
-        state = self._optimizer.state.get(self.param, {})
-        return [state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None]
-
-    def move_into_state(self) -> None:
-        """Hand what waited here to the optimizer, once it has stepped on this parameter."""
-        if self._pending and self.param.grad is not None:
-            pending, self._pending = self._pending, {}
-            state = self._optimizer.state[self.param]
-            state.update({PREFIX + key: value for key, value in pending.items()})
-
-    def forget(self) -> None:
-        self._pending.clear()
-        state = self._optimizer.state.get(self.param, {})
-        for key in [key for key in state if str(key).startswith(PREFIX)]:
-            del state[key]
 
 
 class Constraint(abc.ABC):
@@ -268,7 +193,7 @@ def constrain(
     optimizers.
     """
     optimizer = torch_optimizer(optimizer)
-    _check_parameters(optimizer, parameters)
+    check_parameters(optimizer, parameters)
     constraints = vars(optimizer).get(_ATTACHED)
     if constraints is None:
         constraints = Constraints(optimizer)
@@ -295,49 +220,3 @@ def check_loaded(name: str, astray: int, claim: str) -> None:
             f"{name} is not {claim}: its weights were not loaded. Make the model by "
             "`from_pretrained(checkpoint)`, and resume then."
         )
-
-
-def torch_optimizer(optimizer: object) -> Optimizer:
-    """The torch optimizer under Accelerate's wrapper; ValueError where there is none to hook."""
-    if isinstance(optimizer, (DeepSpeedOptimizerWrapper, DummyOptim)):
-        raise ValueError(
-            "under DeepSpeed the engine steps inside the backward pass, on its own copies of the "
-            "weights, so they cannot be constrained: use DDP or FSDP2."
-        )
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    if isinstance(optimizer, LayerWiseDummyOptimizer):
-        raise ValueError(
-            "a layer-wise optimizer steps inside the backward pass, where weights cannot be "
-            "constrained: choose an `optim` without 'layerwise'."
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(
-            f"{type(optimizer).__name__} is not a torch optimizer: pass a torch.optim.Optimizer, or "
-            "one that Accelerate prepared."
-        )
-    if callable(getattr(optimizer, "eval", None)):
-        raise ValueError(
-            f"{type(optimizer).__name__} swaps the weights between training and evaluation, which "
-            "would undo the constraint: choose an optimizer that is not schedule-free."
-        )
-    return optimizer
-
-
-def _check_parameters(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    if not parameters:
-        raise ValueError("no parameters to constrain: pass at least one, by name.")
-    trained = {param for group in optimizer.param_groups for param in group["params"]}
-    for name, param in parameters.items():
-        if isinstance(param, FlatParameter):
-            raise ValueError(f"{name} is a flat parameter of FSDP1: use FSDP2 (`fsdp_version: 2`).")
-        if not param.is_floating_point():
-            raise ValueError(
-                f"{name} is packed as {param.dtype}: integers cannot be constrained. Load the model "
-                "without quantization."
-            )
-        if param not in trained:
-            raise ValueError(
-                f"{name} is not trained by the optimizer (frozen, or of another model): leave it "
-                "out, or pass it to the optimizer."
-            )

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, Trainer
 from hf_compress.cli.arguments import CompressArguments
 from hf_compress.cli.data import bare_name
 from hf_compress.cli.rows import Evaluation
-from hf_compress.publishing.card import caution, lookup
+from hf_compress.publishing.card import caution
+from hf_compress.publishing.card_tables import lookup
 from hf_compress.publishing.folder import on_main_process
 from hf_compress.publishing.publish import publish
 

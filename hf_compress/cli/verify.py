@@ -26,10 +26,11 @@ from hf_compress.devices import own_device, same_hardware
 from hf_compress.measure import bytes_in_memory, count_weights, environment
 from hf_compress.publishing.adapters import open_adapters
 from hf_compress.publishing.audit import ADAPTERS, audit
-from hf_compress.publishing.card import hub_id, in_words
+from hf_compress.publishing.card import in_words
 from hf_compress.publishing.card_claims import index_claims, indexed_scores, score_claims
 from hf_compress.publishing.claims import Claim, equal, file_claims, recovery_claims
 from hf_compress.publishing.integers import reopen
+from hf_compress.publishing.naming import hub_id
 from hf_compress.publishing.recipe import bits_of
 from hf_compress.publishing.remeasure import speed_claims
 from hf_compress.publishing.scores import scores_of

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from hf_compress.constraint import torch_optimizer
 from hf_compress.distillation.features.matching import FeatureMatching
+from hf_compress.optimizers import torch_optimizer
 
 
 class MatchingMixin(Trainer):

@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hf_compress.constraint import Member, TimedConstraint, check_loaded
+from hf_compress.constraint import TimedConstraint, check_loaded
 from hf_compress.distributed import local
+from hf_compress.member import Member
 from hf_compress.pruning.patterns import Pattern
 from hf_compress.pruning.select import count_kept, total
 

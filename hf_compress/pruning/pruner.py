@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_compress.constraint import Member
 from hf_compress.distributed import count_in_earlier_shards, local
+from hf_compress.member import Member
 from hf_compress.pruning.input_squares import InputSquares
 from hf_compress.pruning.masks import ZeroKeeper, sparsity_of
 from hf_compress.pruning.patterns import Pattern

@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hf_compress.constraint import Member
 from hf_compress.distributed import local
+from hf_compress.member import Member
 from hf_compress.pruning.masks import ZeroKeeper, check_sparsity
 from hf_compress.pruning.scores import magnitude
 from hf_compress.pruning.select import count_kept, keep_highest

@@ -6,29 +6,25 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from hf_compress.publishing.naming import general_name
+from hf_compress.publishing.card_tables import (
+    efficiency_table,
+    exports_table,
+    integers_table,
+    number,
+    pruned_table,
+    results_table,
+    settings_of,
+    skipped_reasons,
+)
 
-NOT_MEASURED = "not measured"
-# Rows of the efficiency table: what is printed, and where it is in the measurement of a model.
-EFFICIENCY = {
-    "parameters": ("parameters",),
-    "non-zero parameters": ("nonzeros",),
-    "bytes on disk": ("bytes",),
-    "weights in memory, bytes": ("weight_bytes",),
-    "peak memory, bytes": ("peak_memory_bytes",),
-    "latency, median, ms": ("latency", "median_ms"),
-    "latency, 95th percentile, ms": ("latency", "p95_ms"),
-}
 # Below so many times the accuracy of guessing a model has not learnt the task.
 _NEAR_CHANCE = 1.2
 _MUCH_BETTER = 105.0  # percent of recovery: no noise of an evaluation
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
@@ -45,12 +41,12 @@ def render(report: Mapping[str, Any], *, pictures: Iterable[str] = ()) -> str:
         results=results_table(report),
         efficiency=efficiency_table(report),
         stored=_stored(report),
-        integers=_integers(report),
+        integers=integers_table(report),
         exports=exports_table(report),
-        pruned=_pruned(report),
+        pruned=pruned_table(report),
         pruning=[m for m in report["recipe"]["methods"] if m.get("method") == "pruning"],
-        settings=[_settings(method) for method in report["recipe"]["methods"]],
-        skipped=_reasons(report["recipe"]["methods"]),
+        settings=[settings_of(method) for method in report["recipe"]["methods"]],
+        skipped=skipped_reasons(report["recipe"]["methods"]),
         papers=_papers(report),
         evaluation=in_words(report["evaluation"]),
         ramped=any("sparsity" in row for row in report["history"]),
@@ -97,44 +93,6 @@ def front_matter(report: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def results_table(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows of metric, dense, compressed, recovery in percent."""
-    dense = report["dense"]["metrics"] if report["dense"] else {}
-    return [
-        (
-            name,
-            _number(dense.get(name)),
-            _number(value),
-            f"{report['recovery'][name]:.2f}" if name in report["recovery"] else NOT_MEASURED,
-        )
-        for name, value in report["compressed"]["metrics"].items()
-    ]
-
-
-def efficiency_table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of quantity, dense, compressed."""
-    return [
-        (label, _number(lookup(report["dense"], path)), _number(lookup(report["compressed"], path)))
-        for label, path in EFFICIENCY.items()
-    ]
-
-
-def exports_table(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of folder, bytes, agreement, score in torch and exported, and for each batch size the median
-    milliseconds of both and their ratio."""
-    rows = []
-    for name, found in report["exports"].items():
-        parity, scores = found["parity"], ("torch", "exported")
-        metric = next(iter(parity["torch"]), None)
-        told = [_number(parity[side].get(metric)) for side in scores]
-        for size, times in found["latency"].items():
-            medians = [f"{times[side]['median_ms']:.2f}" for side in scores]
-            ratio = f"{found['ratios'][size]['torch']:.2f}"
-            size_and_parity = (f"{found['bytes']:,}", f"{parity['agreement']:.4f}")
-            rows.append((name, *size_and_parity, metric or "none", *told, size, *medians, ratio))
-    return rows
-
-
 def caution(report: Mapping[str, Any]) -> str | None:
     """A sentence where the recovery of the report's metric says more about the dense model than about
     the compression; else None."""
@@ -144,7 +102,7 @@ def caution(report: Mapping[str, Any]) -> str | None:
     dense, chance = report["dense"]["metrics"][metric], report["chance"]
     if metric == "accuracy" and chance is not None and dense < _NEAR_CHANCE * chance:
         return (
-            f"The dense model is hardly better than guessing ({_number(chance)}): it was not "
+            f"The dense model is hardly better than guessing ({number(chance)}): it was not "
             "fine-tuned for this task, and a recovery against it says nothing about the compression."
         )
     if recovery[metric] > _MUCH_BETTER:
@@ -153,21 +111,6 @@ def caution(report: Mapping[str, Any]) -> str | None:
             "this task: a recovery above 100 % says that, and not that compression improved it."
         )
     return None
-
-
-def lookup(measurement: Mapping[str, Any] | None, path: tuple[str, ...]) -> Any:
-    """The value at `path`, None where any part of it was not measured."""
-    value: Any = measurement
-    for key in path:
-        value = None if value is None else value.get(key)
-    return value
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` where it is an `org/name` of the Hub and not a folder here, else None."""
-    if name is None or not _HUB_ID.fullmatch(name) or Path(name).exists():
-        return None
-    return name
 
 
 def in_words(settings: Mapping[str, Any] | None) -> str:
@@ -201,22 +144,16 @@ def _own_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in metrics if "loss" not in k and k != "agreement"}
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return NOT_MEASURED
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
 def _headline(report: Mapping[str, Any]) -> str:
     metric, dataset = report["metric"], report["dataset"]
     if metric is None:
         return "Its quality was not measured."
     count = f" ({dataset['rows']:,} rows)" if dataset["rows"] is not None else ""
     where = f" on {dataset['name']}{count}" if dataset["name"] else ""
-    score = f"It reaches {_number(report['compressed']['metrics'][metric])} {metric}{where}"
+    score = f"It reaches {number(report['compressed']['metrics'][metric])} {metric}{where}"
     if metric not in report["recovery"]:
         return f"{score}; the dense model was not measured."
-    score += f"; the dense model, {_number(report['dense']['metrics'][metric])}"
+    score += f"; the dense model, {number(report['dense']['metrics'][metric])}"
     if sentence := caution(report):
         return f"{score}. {sentence}"
     return f"{score} (recovery {report['recovery'][metric]:.2f} %)."
@@ -225,57 +162,6 @@ def _headline(report: Mapping[str, Any]) -> str:
 def _stored(report: Mapping[str, Any]) -> str:
     dtypes = Counter(tensor["dtype"] for tensor in report["audit"]["tensors"].values())
     return ", ".join(dtype for dtype, _ in dtypes.most_common())
-
-
-def _pruned(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of weights, count, parameters, fraction of zeros: of the targets, those that are alike as
-    one."""
-    alike: dict[str, list[Mapping[str, Any]]] = {}
-    for name in report["audit"]["targets"]:
-        alike.setdefault(general_name(name), []).append(report["audit"]["tensors"][name])
-    rows: list[tuple[str, ...]] = []
-    for name, tensors in alike.items():
-        zeros, total = (sum(tensor[key] for tensor in tensors) for key in ("zeros", "numel"))
-        rows.append((name, str(len(tensors)), f"{total:,}", f"{zeros / total:.4f}"))
-    return rows
-
-
-def _integers(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of weights, count, bits, weights to a scale, zero points, codes in use, zeros, error."""
-    kinds = report["integers"]["kinds"] if report["integers"] else []
-    return [
-        (
-            kind["name"],
-            str(kind["weights"]),
-            str(kind["bits"]),
-            f"{kind['per_scale']:,}",
-            "yes" if kind["zero_points"] else "no",
-            f"{kind['codes']:.3f}",
-            f"{kind['zeros']:.4f}",
-            _number(kind["error"]),
-        )
-        for kind in kinds
-    ]
-
-
-def _settings(method: Mapping[str, Any]) -> dict[str, str]:
-    # Lists of weights are in the report, and the pictures.
-    hidden = ("weights", "skipped", "paper")
-    told = {key: str(value) for key, value in method.items() if key not in hidden}
-    if "quantized" in method:
-        counts = Counter(method["quantized"].values()).most_common()
-        told["quantized"] = ", ".join(f"{count} weights of {bits} bit" for bits, count in counts)
-    return told
-
-
-def _reasons(methods: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    methods = list(methods)
-    compressed = {
-        n for method in methods for part in ("weights", "quantized") for n in method.get(part, ())
-    }
-    skipped = {n: reason for m in methods for n, reason in m.get("skipped", {}).items()}
-    reasons = Counter(reason for name, reason in skipped.items() if name not in compressed)
-    return dict(reasons.most_common())
 
 
 def _papers(report: Mapping[str, Any]) -> dict[str, list[str]]:

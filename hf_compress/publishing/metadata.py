@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_compress.publishing.card import front_matter, hub_id
+from hf_compress.publishing.card import front_matter
 from hf_compress.publishing.licenses import LICENSES
+from hf_compress.publishing.naming import hub_id
 
 RELATIONS = ("finetune", "quantized", "adapter", "merge")
 # What the Hub takes; where it takes one value or a list of them, both.

@@ -1,4 +1,4 @@
-"""Under which names the files hold the weights of a model, and which of them are alike."""
+"""Names: of weights in files, which of them are alike, and what is a name of the Hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def written_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
@@ -49,3 +51,10 @@ def cached_revision(repo_id: str | None) -> str | None:
     cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
     commits = [path.name for path in (cache / "snapshots").glob("*")]
     return commits[0] if len(commits) == 1 else None
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it is an `org/name` of the Hub and not a folder here, else None."""
+    if name is None or not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return None
+    return name

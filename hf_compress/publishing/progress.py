@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from hf_compress.publishing.card import hub_id
+from hf_compress.publishing.naming import hub_id
 
 # Of the clock, not of the model.
 _NOT_TOLD = ("epoch", "step", "runtime", "per_second", "total_flos")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +18,35 @@ from transformers import (
     PreTrainedTokenizerBase,
     SequenceFeatureExtractor,
 )
-from transformers.modelcard import TASK_MAPPING
 
-from hf_compress.measure import CompressionReport
 from hf_compress.publishing.adapters import (
     check_adapters,
     describe_adapters,
     is_adapted,
     save_adapters,
 )
-from hf_compress.publishing.audit import Audit, audit
-from hf_compress.publishing.card import hub_id, render
+from hf_compress.publishing.audit import audit
+from hf_compress.publishing.card import render
 from hf_compress.publishing.destination import Destination
-from hf_compress.publishing.differences import float_weights, structure_of
-from hf_compress.publishing.evaluation import first_batch, rows, trainer_scores
+from hf_compress.publishing.differences import float_weights
+from hf_compress.publishing.evaluation import first_batch, trainer_scores
 from hf_compress.publishing.folder import check_target, move_into_place, on_main_process, workplace
 from hf_compress.publishing.integers import inspect_integers
 from hf_compress.publishing.measuring import measure
 from hf_compress.publishing.metadata import check_license
-from hf_compress.publishing.naming import cached_revision, written_as
+from hf_compress.publishing.naming import hub_id, written_as
 from hf_compress.publishing.pictures import draw_all
 from hf_compress.publishing.push import send
 from hf_compress.publishing.recipe import (
-    Recipe,
-    bits_of,
     grids_of,
     input_grids_of,
-    precision_of,
     recipe_of,
     teacher_of,
 )
+from hf_compress.publishing.report import Labels, report_of, results_of
 from hf_compress.publishing.validate import validate
 from hf_compress.quantization.export import save_quantized
 from hf_compress.targets import without_adapters
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """What only the user can tell."""
-
-    name: str
-    base_model: str | None
-    baseline_name: str | None
-    dataset: str | None
-    split: str | None
-    metric: str | None
-    license: str | None
-    license_name: str | None
-    license_link: str | None
-    language: Sequence[str] | None
-    dataset_revision: str | None
-    evaluation: Mapping[str, Any] | None
 
 
 def publish(
@@ -181,7 +158,7 @@ def publish(
             inputs = first_batch(trainer)
         if processing_class is None and trainer is not None:
             processing_class = trainer.processing_class
-        labels = _Labels(
+        labels = Labels(
             to.repo_id if to else repo_id or folder.name,
             base_model,
             baseline_name,
@@ -222,7 +199,7 @@ def publish(
             else:
                 found = audit(place, targets=targets)
             recipe.check(found, model, written)
-            report = _report(labels, trainer, model, baseline, recipe, found, format) | {
+            report = report_of(labels, trainer, model, baseline, recipe, found, format) | {
                 "integers": integers,
                 "tokenizer": isinstance(processing_class, PreTrainedTokenizerBase),
                 "image_processor": isinstance(processing_class, BaseImageProcessor),
@@ -233,7 +210,7 @@ def publish(
             measured = measure(place, found, model, baseline, scores, inputs, memory)
             compressed = list(dict.fromkeys([*recipe.weights, *recipe.grids]))
             weights = [float_weights(each, compressed) for each in (baseline, model)]
-            _write(place, report | _results(measured, metric), weights)
+            _write(place, report | results_of(measured, metric), weights)
             validate(place)
             move_into_place(folder)
 
@@ -260,87 +237,6 @@ def _check(trainer: Any, model: Any, baseline: Any, repo_id: str | None) -> None
     if baseline is model:
         raise ValueError("`baseline` is the compressed model itself: pass the dense one.")
     validate_repo_id(repo_id)
-
-
-def _report(
-    labels: _Labels,
-    trainer: Any,
-    model: PreTrainedModel,
-    baseline: PreTrainedModel | None,
-    recipe: Recipe,
-    found: Audit,
-    format: str,
-) -> dict[str, Any]:
-    own = without_adapters(model)
-    class_name = type(own).__name__
-    base = labels.base_model or own.config.name_or_path or None
-    return {
-        "name": labels.name,
-        "class_name": class_name,
-        "pipeline_tag": _pipeline_tag(class_name),
-        "base_model": {
-            "id": hub_id(base),
-            "name": hub_id(base) or (base and Path(base).name),
-            "revision": cached_revision(hub_id(base)),
-        },
-        "relation": _relation(model, format),
-        "quantized": bits_of(model),
-        "license": {"id": labels.license, "name": labels.license_name, "link": labels.license_link},
-        "language": labels.language,
-        "dataset": {
-            "name": labels.dataset,
-            "revision": labels.dataset_revision,
-            "split": labels.split,
-            "rows": rows(trainer),
-        },
-        "evaluation": labels.evaluation and dict(labels.evaluation),
-        "structure": structure_of(own, baseline),
-        "chance": _chance(own),
-        "dense_name": baseline and (labels.baseline_name or _describe(baseline, trainer)),
-        "audit": found.to_dict(),
-        "recipe": asdict(recipe),
-    }
-
-
-def _results(measured: CompressionReport, metric: str | None) -> dict[str, Any]:
-    scores = measured.compressed.metrics
-    recovery = {name: measured.recovery(name) for name in scores}
-    return measured.to_dict() | {
-        "metric": metric or next((name for name in scores if "loss" not in name), None),
-        "recovery": {name: value for name, value in recovery.items() if value is not None},
-    }
-
-
-def _relation(model: Any, format: str) -> str:
-    if is_adapted(model):
-        return "adapter"
-    return "finetune" if bits_of(model) is None and format == "dense" else "quantized"
-
-
-def _describe(baseline: PreTrainedModel, trainer: Any) -> str:
-    role = "the teacher" if baseline is teacher_of(trainer) else "the model before"
-    name = hub_id(baseline.config.name_or_path) or type(baseline).__name__
-    return f"{role}, {name} in {precision_of(baseline)}"
-
-
-def _chance(model: PreTrainedModel) -> float | None:
-    """Accuracy of guessing among the classes; None for other tasks than one class for each row."""
-    tag, config = _pipeline_tag(type(model).__name__) or "", model.config
-    if not tag.endswith("classification") or tag == "token-classification":
-        return None
-    if config.problem_type not in (None, "single_label_classification"):
-        return None
-    classes = config.num_labels or 1
-    return 1 / classes if classes > 1 else None
-
-
-def _pipeline_tag(class_name: str) -> str | None:
-    tasks: Any = TASK_MAPPING
-    for task, mapping in tasks.items():
-        for names in mapping.values():
-            if class_name in ([names] if isinstance(names, str) else names):
-                return task
-    return None
 
 
 def _write(place: Path, report: Mapping[str, Any], weights: Sequence[Sequence[Tensor]]) -> None:

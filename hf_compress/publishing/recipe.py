@@ -15,9 +15,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hf_compress.distillation.cache.cells import Origin
 from hf_compress.publishing.audit import Audit
-from hf_compress.publishing.card import hub_id
 from hf_compress.publishing.destination import without_tokens
-from hf_compress.publishing.naming import cached_revision
+from hf_compress.publishing.naming import cached_revision, hub_id
 from hf_compress.publishing.validate import LOCAL_PATH
 from hf_compress.quantization.grids import Grid
 from hf_compress.targets import find_targets

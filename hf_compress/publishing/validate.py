@@ -13,7 +13,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 import hf_compress
-from hf_compress.publishing.card import EFFICIENCY, NOT_MEASURED, lookup, render
+from hf_compress.publishing.card import render
+from hf_compress.publishing.card_tables import EFFICIENCY, NOT_MEASURED, lookup
 from hf_compress.publishing.metadata import metadata_problems
 
 _LEFTOVERS = ("{{", "}}", "{%", "%}", "{#", "#}", "more information needed", "[optional]")

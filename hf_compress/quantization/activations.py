@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_compress.quantization.grids import Grid, Scheme, fake_quantize, fit
+from hf_compress.quantization.grids import Grid, fake_quantize
+from hf_compress.quantization.schemes import Scheme, fit
 from hf_compress.targets import Target
 
 
@@ -20,7 +21,7 @@ class InputQuantizer:
     grids: by the name of its weight a fixed grid for all inputs of a layer, whose scale and zero point
         have no dimensions, as `hf_compress.quantization.calibrated.calibrated_grids` finds it. In a
         layer without one each token, the features along the last dimension, has a symmetric grid of
-        its own, "absmax" in `hf_compress.quantization.grids.Scheme`, found anew in each forward.
+        its own, "absmax" in `hf_compress.quantization.schemes.Scheme`, found anew in each forward.
 
     A fixed grid is applied as compressed-tensors does it, in the dtype of the inputs, so that an
     exported model computes what was trained. The gradient passes straight through, but not where a

@@ -121,7 +121,7 @@ def analyse(
 ) -> WeightAnalysis:
     """Looks at each target of `model`: its distribution, and its distance to each grid at each width.
 
-    bits: widths, 2 to 8. group_size: see `hf_compress.quantization.grids.Scheme`, as the grids.
+    bits: widths, 2 to 8. group_size: see `hf_compress.quantization.schemes.Scheme`, as the grids.
     targets, ignore: see `hf_compress.targets.find_targets`.
 
     "minmax", "percentile" and "mse" are measured twice, symmetric and with zero points ("affine ..."),

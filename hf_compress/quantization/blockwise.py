@@ -18,8 +18,9 @@ from hf_compress.calibration.layerwise import decoder_around
 from hf_compress.calibration.lockstep import Call, called_once, is_inside, lockstep
 from hf_compress.constraint import constrain
 from hf_compress.frozen import evaluating
-from hf_compress.quantization.grids import Grid, Scheme
+from hf_compress.quantization.grids import Grid
 from hf_compress.quantization.quantizer import Quantizer
+from hf_compress.quantization.schemes import Scheme
 from hf_compress.targets import Target
 
 TRAVEL = 0.5

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from hf_compress.constraint import Constraint, Member, torch_optimizer
+from hf_compress.constraint import Constraint
 from hf_compress.frozen import evaluating
-from hf_compress.quantization.grids import Grid, Scheme, fit
+from hf_compress.member import Member
+from hf_compress.optimizers import torch_optimizer
+from hf_compress.quantization.grids import Grid
+from hf_compress.quantization.schemes import Scheme, fit
 from hf_compress.targets import Target
 
 

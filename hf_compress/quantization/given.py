@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from hf_compress.distributed import cut_as, local
-from hf_compress.quantization.grids import Grid, Scheme, scale_shape
+from hf_compress.quantization.grids import Grid, scale_shape
+from hf_compress.quantization.schemes import Scheme
 from hf_compress.targets import Target
 
 

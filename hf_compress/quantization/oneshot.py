@@ -21,15 +21,8 @@ from hf_compress.calibration.requirements import check_damping, check_experts, c
 from hf_compress.calibration.second_order import add_gram
 from hf_compress.quantization.blockwise import round_block_by_block
 from hf_compress.quantization.gptq import gptq, ordered_factor
-from hf_compress.quantization.grids import (
-    Grid,
-    GroupSize,
-    Scheme,
-    check_divides,
-    fake_quantize,
-    fit,
-    grouped,
-)
+from hf_compress.quantization.grids import Grid, GroupSize, check_divides, fake_quantize, grouped
+from hf_compress.quantization.schemes import Scheme, fit
 from hf_compress.targets import Target, find_targets
 
 Rounding = Literal["rtn", "gptq", "blockwise"]
@@ -58,7 +51,7 @@ def quantize_oneshot_(
     calibration: of "gptq" and "blockwise": batches, mappings of tensors as the model's forward takes;
         some 32 to 128 rows of what the model is meant for. How they are cut into batches does not
         matter for "gptq"; a step of "blockwise" takes one of them, of some four rows.
-    bits, group_size, grid, symmetric: see `hf_compress.quantization.grids.Scheme`.
+    bits, group_size, grid, symmetric: see `hf_compress.quantization.schemes.Scheme`.
     method: "rtn" rounds each weight to the nearest value of its grid; "gptq" (arXiv:2210.17323) rounds
         one input feature after the other, those with the largest inputs first, and lets the rest make
         up for the error, on the same grid; "blockwise" (as BRECQ, arXiv:2102.05426, AutoRound,

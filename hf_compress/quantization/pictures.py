@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_compress.figures import new_figure
-from hf_compress.quantization.grids import GRIDS
+from hf_compress.quantization.schemes import GRIDS
 from hf_compress.quantization.statistics import BINS, SCHEMES, WeightStatistics
 
 _DRAWN = 6

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_compress.quantization.grids import Scheme, scale_shape
+from hf_compress.quantization.grids import scale_shape
+from hf_compress.quantization.schemes import Scheme
 from hf_compress.targets import Selection, counted
 
 

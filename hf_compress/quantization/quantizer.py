@@ -9,22 +9,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hf_compress.constraint import Member, TimedConstraint, check_loaded
+from hf_compress.constraint import TimedConstraint, check_loaded
 from hf_compress.distributed import local, placed_as, sum_over_shards
+from hf_compress.member import Member
 from hf_compress.quantization.given import check_given, this_ranks
 from hf_compress.quantization.grids import (
     Grid,
     GroupSize,
-    Scheme,
     fake_quantize,
     fake_quantize_,
-    fit,
     grouped,
     scale_shape,
     stop_clipped_,
 )
 from hf_compress.quantization.learned import learn_scale_, scale_gradient
 from hf_compress.quantization.requirements import check_weight
+from hf_compress.quantization.schemes import Scheme, fit
 from hf_compress.schedules import Schedule, check_interval
 from hf_compress.targets import Target
 
@@ -41,7 +41,7 @@ class Quantizer(TimedConstraint):
 
     bits: 2 to 8; or several, falling, such as (8, 6, 4): the first from `start` on, the last from `end`
         on, and the others for equal times between.
-    group_size, symmetric, grid: see `hf_compress.quantization.grids.Scheme`.
+    group_size, symmetric, grid: see `hf_compress.quantization.schemes.Scheme`.
     start, end: optimizer steps (int) or fractions of the training (float in [0, 1]). Before `start` the
         weights are free. From `end` on the grid is fixed, and the weights settle on it.
     interval: optimizer steps between two fits of the grid to the latent weights; by default each step

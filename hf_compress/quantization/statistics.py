@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.quantization.grids import GroupSize, Scheme, fake_quantize, fit
+from hf_compress.quantization.grids import GroupSize, fake_quantize
+from hf_compress.quantization.schemes import Scheme, fit
 
 # In the order in which equally good ones are preferred: without zero points first. "auto" is left out,
 # since in each group it takes the best of these.

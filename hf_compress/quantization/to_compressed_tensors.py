@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.quantization.codes import group_size_of
 from hf_compress.quantization.file_layers import FileLayer, file_layers
-from hf_compress.quantization.grids import Grid, Scheme
+from hf_compress.quantization.grids import Grid
+from hf_compress.quantization.schemes import Scheme
 from hf_compress.targets import input_dim
 
 

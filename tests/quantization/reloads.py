@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-from hf_compress.quantization.grids import Scheme, fake_quantize, fit, grouped
+from hf_compress.quantization.grids import fake_quantize, grouped
+from hf_compress.quantization.schemes import Scheme, fit
 from hf_compress.targets import find_targets
 
 INPUT = torch.arange(5, 29).view(2, 12)

@@ -11,7 +11,8 @@ from tiny import tiny_bert, tiny_gpt2, tiny_mixtral
 from torch import nn
 
 from hf_compress.quantization.analysis import ERRORS, HISTOGRAMS, analyse
-from hf_compress.quantization.grids import GRIDS, Scheme, fake_quantize, fit
+from hf_compress.quantization.grids import fake_quantize
+from hf_compress.quantization.schemes import GRIDS, Scheme, fit
 from hf_compress.quantization.statistics import SCHEMES
 
 

@@ -12,9 +12,10 @@ from torch import nn
 from hf_compress import prune_oneshot_, quantize_oneshot_
 from hf_compress.constraint import constrain
 from hf_compress.quantization.blockwise import BETAS, TRAVEL
-from hf_compress.quantization.grids import Scheme, fake_quantize, fit, grouped
+from hf_compress.quantization.grids import fake_quantize, grouped
 from hf_compress.quantization.learned import MEAN, SQUARE
 from hf_compress.quantization.quantizer import SCALE_RATE, Quantizer
+from hf_compress.quantization.schemes import Scheme, fit
 from hf_compress.targets import find_targets
 
 STEPS = 6

@@ -5,7 +5,8 @@ import torch
 
 from hf_compress.calibration.second_order import add_gram
 from hf_compress.quantization.gptq import gptq, ordered_factor
-from hf_compress.quantization.grids import Scheme, fake_quantize, fit, grouped
+from hf_compress.quantization.grids import fake_quantize, grouped
+from hf_compress.quantization.schemes import Scheme, fit
 
 DAMPING = 0.01
 

@@ -7,20 +7,17 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.quantization.grids import (
-    GRIDS,
-    RATIOS,
     Grid,
-    Scheme,
     check_divides,
     check_finite,
     dequantize,
     fake_quantize,
     fake_quantize_,
-    fit,
     grouped,
     quantize,
     stop_clipped_,
 )
+from hf_compress.quantization.schemes import GRIDS, RATIOS, Scheme, fit
 
 SCHEMES = [
     (grid, symmetric)

@@ -8,8 +8,9 @@ import torch
 from quantization.runs import adamw, levels, network, quantizer, train, weights
 
 from hf_compress.constraint import constrain
-from hf_compress.quantization.grids import Grid, Scheme, fake_quantize, fit
+from hf_compress.quantization.grids import Grid, fake_quantize
 from hf_compress.quantization.learned import learn_scale_, scale_gradient
+from hf_compress.quantization.schemes import Scheme, fit
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -18,8 +18,9 @@ from hf_compress import prune_oneshot_, quantize_oneshot_, save_quantized
 from hf_compress.calibration.second_order import add_gram
 from hf_compress.constraint import constrain
 from hf_compress.quantization.gptq import gptq, ordered_factor
-from hf_compress.quantization.grids import GRIDS, Scheme, fake_quantize, fit, grouped
+from hf_compress.quantization.grids import fake_quantize, grouped
 from hf_compress.quantization.quantizer import Quantizer
+from hf_compress.quantization.schemes import GRIDS, Scheme, fit
 from hf_compress.targets import find_targets
 
 METHODS = pytest.mark.parametrize("method", ["rtn", "gptq"])

@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 
 from hf_compress.constraint import constrain
 from hf_compress.pruning.pruner import Pruner
-from hf_compress.quantization.grids import Scheme, fake_quantize, fit, grouped
+from hf_compress.quantization.grids import fake_quantize, grouped
 from hf_compress.quantization.quantizer import Quantizer
+from hf_compress.quantization.schemes import Scheme, fit
 from hf_compress.targets import find_targets
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_compress.constraint import Member, TimedConstraint
+from hf_compress.constraint import TimedConstraint
+from hf_compress.member import Member
 from hf_compress.pruning.masks import check_restored
 from hf_compress.pruning.structure.anatomy import Units
 from hf_compress.pruning.structure.choice import check_fraction, check_round_to, count_kept, highest
