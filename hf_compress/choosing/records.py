@@ -34,14 +34,23 @@ class Records:
 
         holds: whether what was found is still so; where not, it is made again.
         """
-        path = self.folder / f"{name}.json"
-        found = self._read(path)
-        if found is not None and holds(found):
+        found = self.find(name, holds=holds)
+        if found is not None:
             return found
         made = make()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, made)
+        write_whole(self._path(name), made)
         return made
+
+    def find(
+        self, name: str, *, holds: Callable[[dict[str, Any]], bool] = lambda found: True
+    ) -> dict[str, Any] | None:
+        """What is kept under this name and still `holds`; else None."""
+        found = self._read(self._path(name))
+        return found if found is not None and holds(found) else None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:

@@ -157,8 +157,8 @@ def search(
     The dense model is measured, then what each candidate will weigh and take: those beyond the limits
     by more than `TOLERANCE` are dropped untrained. The others train by `rungs`, each rung from the
     start, since schedules depend on the length; `finalists` of them train for `steps`, are written and
-    measured. Where none of these meets the limits, others that trained in the last rung are finished
-    too, until one does. Validation rows choose.
+    measured; with them count those that an earlier call finished. Where none of these meets the limits,
+    others that trained in the last rung are finished too, until one does. Validation rows choose.
 
     prefer: what decides among those within the limits: "size" (where a drop is limited) or "score"
         (where not) by default, or "latency". Of equals the smaller wins.
@@ -181,7 +181,7 @@ def search(
     logger.info("%d of %d candidates can meet the limits", len(alive), len(tried))
     if not alive:
         return choice
-    waiting: list[Tried] = []
+    possible, waiting = alive, list[Tried]()
     for rung in rungs(len(alive), steps, finalists=finalists, factor=factor):
         for each in alive:
             each.trainings.append(_trained(work, records, each.candidate, rung.steps))
@@ -190,6 +190,10 @@ def search(
         logger.info("after %d steps %s go on", rung.steps, ", ".join(each.name for each in alive))
     for each in alive:
         _finish(work, records, choice, each)
+    # The finalists of earlier calls with other limits cost nothing more.
+    for each in possible:
+        if each.finished is None and _is_known(work, records, each):
+            _finish(work, records, choice, each)
     # A short training may have flattered the finalists; what scored higher is tried before it is said
     # that nothing meets the limits.
     by_score = sorted(waiting, key=lambda each: metric.gain(each.trainings[-1].score), reverse=True)
@@ -245,6 +249,12 @@ def _finish(work: Work, records: Records, choice: Choice, each: Tried) -> None:
     found = records.once(f"{each.name}.finished", make, holds=partial(_is_whole, work, each.name))
     each.finished = _complete(found, work, records, each.name, choice.limits)
     each.excess = choice.limits.excess(each.finished.measured, choice.drop(each))
+
+
+def _is_known(work: Work, records: Records, each: Tried) -> bool:
+    """Whether it was trained fully in an earlier call, and its files are still there."""
+    found = records.find(f"{each.name}.finished", holds=partial(_is_whole, work, each.name))
+    return found is not None
 
 
 def _is_whole(work: Work, name: str, found: dict[str, Any]) -> bool:

@@ -168,6 +168,23 @@ def test_other_limits_begin_with_what_is_known_and_have_other_answers(given, aga
     assert found["winner"] == min(good, key=sizes.get)
 
 
+def test_what_was_finished_under_other_limits_counts(given, again):
+    first = {each["name"] for each in told(again)["tried"] if each["finished"]}
+    main(words(given, again, prefer="score", max_drop=100))
+    second = {each["name"] for each in told(again)["tried"] if each["finished"]}
+    assert first < second
+    before = written(again)
+    main(words(given, again, max_drop=100))
+    found = told(again)
+    assert {each["name"] for each in found["tried"] if each["finished"]} == second
+    assert all(written(again)[name] == when for name, when in before.items())
+    # Without the files of one it is no finalist: it is stopped where it was, and not trained again.
+    other = min(second - first)
+    shutil.rmtree(again / "finalists" / other)
+    main(words(given, again, max_drop=100))
+    assert {each["name"] for each in told(again)["tried"] if each["finished"]} == second - {other}
+
+
 def test_nothing_that_fits_publishes_nothing(given, again, capsys):
     with pytest.raises(UserError, match="The one that binds is `size`: 8 of 8.*nearest is 1layers"):
         main(words(given, again, max_size="1kB"))
