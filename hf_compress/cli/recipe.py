@@ -29,7 +29,9 @@ def parse(argv: list[str], *kinds: type) -> tuple[Any, ...]:
             raise ValueError("--config wants the path of a recipe.")
         recipe = _read_recipe(Path(flags[place + 1]), known)
         del flags[place : place + 2]
-    parser = _Parser(kinds)  # type: ignore[arg-type]
+    # All the flags of a training in the usage would be a screenful before what they mean.
+    usage = "hf-compress COMMAND [--config recipe.yaml] [--flag value ...]"
+    parser = _Parser(kinds, usage=usage)  # type: ignore[arg-type]
     *filled, unknown = parser.parse_args_into_dataclasses(
         [*recipe, *flags], return_remaining_strings=True
     )
