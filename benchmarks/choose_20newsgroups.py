@@ -26,7 +26,7 @@ from hf_compress.measure import environment
 from hf_compress.samples import minilm as model
 
 RUNTIMES = ("onnx-int8", "openvino-int8")
-SPACE = {"layers": [4, 3, 2], "ffn": [0, 0.5], "vocabulary": True, "bits": [None, 8]}
+SPACE = {"layers": [4, 3, 2, 1], "ffn": [0, 0.5], "vocabulary": True, "bits": [None, 8]}
 
 
 def main():
