@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hf_compress.choosing.halving import nondominated
+from hf_compress.choosing.limits import Measured
 from hf_compress.choosing.search import Choice
-from hf_compress.choosing.telling import front
 from hf_compress.figures import new_figure
 
 _COLORS = ("tab:orange", "tab:purple", "tab:brown", "tab:pink")  # of runtimes
@@ -13,23 +15,13 @@ _COLORS = ("tab:orange", "tab:purple", "tab:brown", "tab:pink")  # of runtimes
 
 def draw_front(choice: Choice, path: str | Path) -> None:
     """Finalists and the dense model by what they weigh and take; what was stopped early in grey, with
-    the score of its last rung; what was exported as triangles, a colour for each runtime. The shaded
-    part is outside the limits."""
+    the score of its last rung; what was exported as triangles, a colour for each runtime. Each side has
+    the line of its own front. The shaded part is outside the limits."""
     figure = new_figure(9, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
-    best, metric, limits = front(choice), choice.metric, choice.limits
+    metric, limits = choice.metric, choice.limits
     stopped = [e for e in choice.tried if e.finished is None and e.trainings]
-    slowest = [limits.latency, limits.speedup and choice.dense.measured.latency_ms / limits.speedup]
-    sides = (
-        (left, lambda m: m.bytes / 1e6, "megabytes on disk", limits.size and limits.size / 1e6),
-        (
-            right,
-            lambda m: m.latency_ms,
-            "milliseconds of a forward pass, median",
-            min(filter(None, slowest), default=None),
-        ),
-    )
-    for axes, cost, label, limit in sides:
+    for axes, (cost, label, limit) in zip((left, right), _sides(choice), strict=True):
         if stopped:
             axes.scatter(
                 [cost(e.measured) for e in stopped],
@@ -39,8 +31,11 @@ def draw_front(choice: Choice, path: str | Path) -> None:
                 alpha=0.6,
                 label="stopped early, at that step",
             )
-        points = [(cost(e.measured), e.finished.validation) for e in best if e.finished]
-        axes.plot(*zip(*sorted(points), strict=True), color="tab:blue", lw=1) if points else None
+        points = [(cost(e.measured), e.finished.validation) for e in choice.finalists if e.finished]
+        front = nondominated([(x, -metric.gain(score)) for x, score in points])
+        if front:
+            line = sorted(points[place] for place in front)
+            axes.plot(*zip(*line, strict=True), color="tab:blue", lw=1)
         for each in choice.finalists:
             assert each.finished is not None
             chosen = each is choice.winner
@@ -81,3 +76,14 @@ def draw_front(choice: Choice, path: str | Path) -> None:
     handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
     figure.savefig(path)
+
+
+def _sides(choice: Choice) -> Iterator[tuple[Callable[[Measured], float], str, float | None]]:
+    """For each side what it shows of a model, its label and the limit."""
+    limits = choice.limits
+    yield lambda m: m.bytes / 1e6, "megabytes on disk", limits.size and limits.size / 1e6
+    if limits.speedup is None or limits.latency is not None:
+        yield lambda m: m.latency_ms, "milliseconds of a forward pass, median", limits.latency
+    else:
+        # Milliseconds of different moments would show what is within a limit of ratios outside it.
+        yield lambda m: 1 / m.speedup, "time of a forward pass, dense = 1", 1 / limits.speedup

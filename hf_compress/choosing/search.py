@@ -277,8 +277,8 @@ def _ranked(choice: Choice, alive: Sequence[Tried]) -> list[Tried]:
 
 
 def _cost(choice: Choice, each: Tried) -> float:
-    latency = choice.prefer == "latency"
-    return each.measured.latency_ms if latency else float(each.measured.bytes)
+    # Of the time the ratio to dense: milliseconds were taken at different moments.
+    return 1 / each.measured.speedup if choice.prefer == "latency" else float(each.measured.bytes)
 
 
 def _winner(choice: Choice) -> Tried | None:

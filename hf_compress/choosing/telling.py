@@ -89,7 +89,7 @@ def front(choice: Choice) -> list[Tried]:
     """The finalists that no other is smaller, faster and better than at once."""
     found = choice.finalists
     points = [
-        (-choice.metric.gain(e.finished.validation), float(e.measured.bytes), e.measured.latency_ms)
+        (-choice.metric.gain(e.finished.validation), float(e.measured.bytes), 1 / e.measured.speedup)
         for e in found
         if e.finished is not None
     ]

@@ -162,6 +162,11 @@ def choose(arguments: ChooseArguments, training: DistillationArguments) -> Choic
         work.check(candidates)
     with going_on(folder):
         records = Records(folder / "records" / work.key)
+        if not records.folder.exists() and any(records.folder.parent.glob("*")):
+            print(
+                f"What earlier calls found in {folder} is not used: their rows, model, settings, versions "
+                "or machine, by its threads too, were others."
+            )
         choice = search(
             work,
             candidates,

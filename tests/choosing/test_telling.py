@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 from hf_compress.choosing.candidates import Candidate
 from hf_compress.choosing.limits import Limits, Measured
 from hf_compress.choosing.picture import draw_front
 from hf_compress.choosing.search import Choice, Exported, Finished, Metric, Trained, Tried
-from hf_compress.choosing.telling import table, to_dict
+from hf_compress.choosing.telling import front, table, to_dict
 
 
 def measured(size, latency, speedup):
@@ -59,3 +61,13 @@ def test_it_is_drawn(tmp_path):
         draw_front(each, tmp_path / f"{number}.png")
     pictures = [(tmp_path / f"{number}.png").read_bytes() for number in (0, 1)]
     assert pictures[0] != pictures[1]
+
+
+def test_fast_is_what_is_fast_beside_the_dense_model():
+    # The machine was slow when the second was timed, and the dense model in turn with it.
+    made = choice()
+    (first,) = made.tried
+    for speedup, expected in ((4.0, ["3layers", "2layers"]), (1.9, ["3layers"])):
+        other = replace(first.finished, measured=measured(30_000_000, 9.0, speedup))
+        second = replace(first, candidate=Candidate(layers=2), finished=other)
+        assert [each.name for each in front(replace(made, tried=[first, second]))] == expected

@@ -193,6 +193,13 @@ def test_nothing_that_fits_publishes_nothing(given, again, capsys):
     assert "at most 0.001 MB" in capsys.readouterr().out
 
 
+def test_that_nothing_known_is_used_is_said_once(given, again, capsys):
+    for said in (True, False):
+        with pytest.raises(UserError, match="`size`"):
+            main(words(given, again, max_size="1kB", learning_rate=1e-3))
+        assert ("is not used" in capsys.readouterr().out) == said
+
+
 def launch(flags, **more):
     script = str(ROOT / "scripts" / "choose.py")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
