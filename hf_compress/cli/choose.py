@@ -164,8 +164,8 @@ def choose(arguments: ChooseArguments, training: DistillationArguments) -> Choic
         records = Records(folder / "records" / work.key)
         if not records.folder.exists() and any(records.folder.parent.glob("*")):
             print(
-                f"What earlier calls found in {folder} is not used: their rows, model, settings, versions "
-                "or machine, by its threads too, were others."
+                f"What earlier calls found in {folder} is not used: their rows, model, settings, "
+                "versions, machine or number of threads were others."
             )
         choice = search(
             work,
