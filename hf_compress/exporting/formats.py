@@ -164,9 +164,12 @@ def _int8(format: Format, calibration: list[dict[str, Any]]) -> ExportQuantizer:
         narrow = not any("vnni" in flag or "amx" in flag for flag in cpu_flags())
         return OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=narrow))
     if format == "openvino":
-        from transformers.exporters import NNCFOpenVINOQuantizer
+        from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig
 
-        return NNCFOpenVINOQuantizer(calibration_dataset=calibration)
+        # By default it asks for 300 batches, and warns of fewer.
+        return NNCFOpenVINOQuantizer(
+            NNCFQuantizationConfig(subset_size=len(calibration)), calibration_dataset=calibration
+        )
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
