@@ -87,6 +87,7 @@ def test_hardware_is_the_same_by_its_names():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_says_what_it_is():
     here = own_device()
     torch.zeros(1 << 20, device=here)
