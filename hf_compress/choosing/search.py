@@ -181,7 +181,8 @@ def search(
     logger.info("%d of %d candidates can meet the limits", len(alive), len(tried))
     if not alive:
         return choice
-    possible, waiting = alive, list[Tried]()
+    possible = alive
+    waiting: list[Tried] = []
     for rung in rungs(len(alive), steps, finalists=finalists, factor=factor):
         for each in alive:
             each.trainings.append(_trained(work, records, each.candidate, rung.steps))
@@ -192,10 +193,11 @@ def search(
         _finish(work, records, choice, each)
     # The finalists of earlier calls with other limits cost nothing more.
     for each in possible:
-        if each.finished is None and _is_known(work, records, each):
-            _finish(work, records, choice, each)
+        if each.finished is None:
+            _recall(work, records, choice, each)
     # A short training may have flattered the finalists; what scored higher is tried before it is said
     # that nothing meets the limits.
+    waiting = [each for each in waiting if each.finished is None]
     by_score = sorted(waiting, key=lambda each: metric.gain(each.trainings[-1].score), reverse=True)
     for each in by_score:
         if any(not finalist.excess for finalist in choice.finalists):
@@ -247,14 +249,19 @@ def _finish(work: Work, records: Records, choice: Choice, each: Tried) -> None:
         return asdict(work.finish(each.candidate, choice.steps))
 
     found = records.once(f"{each.name}.finished", make, holds=partial(_is_whole, work, each.name))
+    _judge(work, records, choice, each, found)
+
+
+def _recall(work: Work, records: Records, choice: Choice, each: Tried) -> None:
+    """As `_finish`, where an earlier call trained it fully and its files are still there."""
+    found = records.find(f"{each.name}.finished", holds=partial(_is_whole, work, each.name))
+    if found is not None:
+        _judge(work, records, choice, each, found)
+
+
+def _judge(work: Work, records: Records, choice: Choice, each: Tried, found: dict[str, Any]) -> None:
     each.finished = _complete(found, work, records, each.name, choice.limits)
     each.excess = choice.limits.excess(each.finished.measured, choice.drop(each))
-
-
-def _is_known(work: Work, records: Records, each: Tried) -> bool:
-    """Whether it was trained fully in an earlier call, and its files are still there."""
-    found = records.find(f"{each.name}.finished", holds=partial(_is_whole, work, each.name))
-    return found is not None
 
 
 def _is_whole(work: Work, name: str, found: dict[str, Any]) -> bool:

@@ -37,12 +37,7 @@ from hf_compress.publishing.metadata import check_license
 from hf_compress.publishing.naming import hub_id, written_as
 from hf_compress.publishing.pictures import draw_all
 from hf_compress.publishing.push import send
-from hf_compress.publishing.recipe import (
-    grids_of,
-    input_grids_of,
-    recipe_of,
-    teacher_of,
-)
+from hf_compress.publishing.recipe import grids_of, input_grids_of, recipe_of, teacher_of
 from hf_compress.publishing.report import Labels, report_of, results_of
 from hf_compress.publishing.validate import validate
 from hf_compress.quantization.export import save_quantized
