@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from accelerate.commands import accelerate_cli
 
@@ -14,7 +15,8 @@ LAUNCH = (
 
 def accelerate_launch(script, *arguments):
     """Run `script` to its end; what it said where it fails."""
-    command = [sys.executable, accelerate_cli.__file__, *LAUNCH.split(), str(script), *arguments]
+    command = [sys.executable, accelerate_cli.__file__, *LAUNCH.split()]
+    command += [str(Path(__file__).with_name("rank.py")), str(script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

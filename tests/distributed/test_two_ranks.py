@@ -14,8 +14,8 @@ def launch(script, *arguments):
     run = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(HERE / script)),
-            *arguments,
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+            *(str(HERE / "rank.py"), str(HERE / script), *arguments),
         ],
         capture_output=True,
         text=True,

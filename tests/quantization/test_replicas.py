@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.test_two_ranks import launch
 from quantization.replicas import METHODS, results
 from safetensors.torch import load_file
@@ -15,7 +16,17 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    """As each rank has: sums of more threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("one_thread")
 def test_data_parallel_training_equals_one_process_bit_for_bit(two_ranks, tmp_path, method):
     expected = results(tmp_path, method)
     assert sum("scale" in name for name in expected) == (26 if "fixed" in method else 13)
