@@ -70,7 +70,9 @@ def exported(kind, folder, place, calibration):
     format, bits = EXPORTED[kind]
     if not (place / "export.json").exists():
         batch = {name: value[:2] for name, value in calibration[0].items()}
-        export(floats(folder), format, batch, bits=bits, calibration=calibration).save_pretrained(place)
+        place.mkdir(parents=True, exist_ok=True)
+        model, settings = floats(folder), {"tokenizer": folder, "bits": bits}
+        export(model, format, place, batch, **settings, calibration=calibration)
     return load(place, format, bits=bits, threads=torch.get_num_threads())
 
 

@@ -86,7 +86,7 @@ def measure_latency(
     inputs are not known: time those that you have by `compare_latency`.
     """
     inputs = example_inputs(model, batch=batch, length=length)
-    models: dict[str, PreTrainedModel] = {"model": model}
+    models: dict[str, Model] = {"model": model}
     if baseline is not None:
         models["baseline"] = baseline
     with _threads(threads):
@@ -125,22 +125,25 @@ def compare_latency(
 
 
 def compare_decoding(
-    models: Mapping[str, PreTrainedModel],
+    models: Mapping[str, Model],
     inputs: Mapping[str, Tensor],
     *,
     new_tokens: int = 16,
     runs: int = 50,
     warmup: int = 5,
+    threads: int | None = None,
 ) -> dict[str, dict[str, Latency]]:
     """As `compare_latency`, for models that generate: "prefill" is the forward of `inputs` that begins,
     "decode" the mean of the `new_tokens` forwards after it, each of the most probable token and with
-    the cache of those before. In an encoder-decoder the encoder is part of the prefill.
+    the cache of those before. In an encoder-decoder the encoder is part of the prefill. What is
+    no module is called as a decoder of transformers is.
 
     Raises ValueError for numbers below 1, or a `warmup` below 0.
     """
     if new_tokens < 1:
         raise ValueError(f"`new_tokens` must be at least 1, got {new_tokens}.")
-    return _in_turn(models, inputs, partial(_generate, new_tokens=new_tokens), runs, warmup)
+    with _threads(threads):
+        return _in_turn(models, inputs, partial(_generate, new_tokens=new_tokens), runs, warmup)
 
 
 def _in_turn(
@@ -190,11 +193,11 @@ def _forward(model: Model, batch: Mapping[str, Tensor], device: torch.device) ->
 
 
 def _generate(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device, *, new_tokens: int
+    model: Model, batch: Mapping[str, Tensor], device: torch.device, *, new_tokens: int
 ) -> Times:
-    generates_beside = model.config.is_encoder_decoder
+    generates_beside = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
     begin = {}
-    if generates_beside:
+    if isinstance(model, PreTrainedModel) and generates_beside:
         rows = len(next(iter(batch.values())))
         begin["decoder_input_ids"] = torch.full((rows, 1), _start_token(model), device=device)
     seconds, output = _time(device, lambda: model(**batch, **begin, use_cache=True))

@@ -25,11 +25,14 @@ from hf_compress.exporting.loading import load_floats
 class ExportArguments:
     """See `hf_compress.exporting.export.export_folder`."""
 
-    format: Literal["onnx", "openvino", "executorch"]
+    format: Literal["onnx", "openvino", "executorch", "gguf"]
     model: str = field(metadata={"help": "Folder of the compressed model; the export goes into it."})
     bits: int | None = field(
         default=None,
-        metadata={"help": "32 or 8. ONNX keeps trained integers without it; all else has 32."},
+        metadata={
+            "help": "32 or 8, of gguf 8 or 4. Without it ONNX and GGUF keep trained integers; all "
+            "else has the first of these."
+        },
     )
     dataset: str | None = field(
         default=None,
@@ -122,3 +125,8 @@ def _print(place: Path, measured: dict[str, Any]) -> None:
             for name, each in found.items()
         ]
         print(f"batch {size:6} {', '.join(times)}; {measured['ratios'][size]['torch']:.2f} times torch")
+    if "decoding" in measured:
+        speeds = [
+            f"{name} {1000 / each['median_ms']:.1f}" for name, each in measured["decoding"].items()
+        ]
+        print(f"tokens a second after those of one row: {', '.join(speeds)}")

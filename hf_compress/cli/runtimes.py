@@ -27,6 +27,8 @@ RUNTIMES: dict[str, tuple[Format, int]] = {
     "onnx-int8": ("onnx", 8),
     "openvino": ("openvino", 32),
     "openvino-int8": ("openvino", 8),
+    "gguf-int8": ("gguf", 8),
+    "gguf-int4": ("gguf", 4),
 }
 """Formats and their bits, by the names of the folders that they are exported to."""
 _METRICS = ("accuracy", "f1", "perplexity")

@@ -18,10 +18,18 @@ from transformers import PreTrainedModel
 
 from hf_compress.devices import hardware
 from hf_compress.example_inputs import example_inputs, inputs_of_shapes
-from hf_compress.exporting.formats import RUNTIMES, Batch, Format, check_installed, export, load
+from hf_compress.exporting.formats import (
+    RUNTIMES,
+    Batch,
+    Format,
+    check_installed,
+    export,
+    keeps,
+    load,
+)
 from hf_compress.exporting.loading import load_floats
 from hf_compress.exporting.parity import Parity, compare, single_rows
-from hf_compress.latency import Latency, compare_latency
+from hf_compress.latency import Latency, compare_decoding, compare_latency
 from hf_compress.publishing.exports import add_export, check_card
 
 BATCHES = (1, 16)
@@ -45,8 +53,9 @@ def export_folder(
     """Exports the model in `folder` to a folder in it, such as `openvino-int8`, and measures there what
     was written, as its runtime runs it, beside the model in torch, fp32 and eager.
 
-    bits: 32, 8 (`hf_compress.exporting.formats` tells how each format does it), or None: ONNX then
-        keeps the integers of a compressed-tensors file, and all else has 32.
+    bits: of the weights, as `hf_compress.exporting.formats.RUNTIMES` tells for each format, or None:
+        ONNX and GGUF then keep the integers of a compressed-tensors file that they can hold, and all
+        else has the first that the format has.
     batches: inputs with `labels` to compare on; random inputs without any, which show whether the
         export computes the same, and no score.
     calibration: batches whose ranges static integers take; rows that the model is not judged by.
@@ -72,11 +81,12 @@ def export_folder(
             f"a {type(model).__name__} is an encoder and a decoder, which export as several programs: "
             "that is not supported yet. Export it with transformers.exporters."
         )
-    if bits is not None or format != "onnx":
+    runtime = RUNTIMES[format]
+    if bits is not None or not keeps(format, model, grids):
         grids = {}
-    widths = {grid.bits for grid in grids.values()}
-    name = format if bits in (None, 32) and not grids else f"{format}-int{max(widths, default=bits)}"
-    dynamic = RUNTIMES[format].dynamic
+    bits = bits or max((grid.bits for grid in grids.values()), default=next(iter(runtime.weights)))
+    name = format if bits == 32 else f"{format}-int{bits}"
+    dynamic = runtime.dynamic
     rows = list(batches)
     inputs = _one_batch(model, rows, length, 2 if dynamic else 1)
     if not dynamic:
@@ -86,13 +96,21 @@ def export_folder(
         rows = list(single_rows(rows, size, padding))
         calibration = list(single_rows(calibration, size, padding))
     calibration = [_only(batch, inputs) for batch in calibration]
-    program = export(model, format, inputs, bits=bits or 32, calibration=calibration, grids=grids)
     place = folder / f".{name}.unfinished"
     shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
     try:
-        program.save_pretrained(place)
-        del program
-        running = load(place, format, bits=bits or 32, threads=threads)
+        export(
+            model,
+            format,
+            place,
+            inputs,
+            bits=bits,
+            calibration=calibration,
+            grids=grids,
+            tokenizer=folder,
+        )
+        running = load(place, format, bits=bits, threads=threads)
         compared = rows or [
             _one_batch(model, [], length, n) for n in ((1, 2, 3) if dynamic else (1, 1))
         ]
@@ -110,6 +128,8 @@ def export_folder(
             for size in (sizes if dynamic else sizes[:1])
         }
         measured = _told(format, bits, grids, place, parity, latency, rows, data)
+        if runtime.cached:
+            measured["decoding"] = _decoding(models | {"torch": model}, inputs, runs, threads)
         (place / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder / name, ignore_errors=True)
         place.rename(folder / name)
@@ -119,9 +139,18 @@ def export_folder(
     return folder / name, measured
 
 
+def _decoding(
+    models: Mapping[str, Any], inputs: Batch, runs: int, threads: int | None
+) -> dict[str, Any]:
+    """Of each the time of one more token after the first row of `inputs`."""
+    row = {name: value[:1] for name, value in inputs.items()}
+    found = compare_decoding(models, row, runs=runs, threads=threads)
+    return {name: asdict(kinds["decode"]) for name, kinds in found.items()}
+
+
 def _told(
     format: Format,
-    bits: int | None,
+    bits: int,
     grids: Mapping[str, Any],
     place: Path,
     parity: Parity,
@@ -131,12 +160,10 @@ def _told(
 ) -> dict[str, Any]:
     """What `measured.json` holds."""
     runtime = RUNTIMES[format]
-    weights = f"floats of {bits or 32} bits"
+    weights = runtime.weights.get(bits, "")
     if grids:
-        weights = f"the integers of the training in {len(grids)} weights, inputs in floats"
-    elif bits == 8:
-        weights = runtime.int8
-    packages = ("torch", "transformers", *runtime.packages)
+        weights = f"the integers of the training in {len(grids)} weights, {runtime.kept}"
+    packages = ("torch", "transformers", *runtime.packages.values())
     return {
         "format": format,
         "weights": weights,

@@ -1,9 +1,9 @@
-"""Exports by `transformers.exporters`, each run in its own runtime."""
+"""Exports by `transformers.exporters`, and as GGUF, each run in its own runtime."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,13 +15,16 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from hf_compress.devices import cpu_flags, host
+from hf_compress.exporting.gguf import KINDS, write_gguf
+from hf_compress.exporting.gguf_blocks import fits
+from hf_compress.exporting.llama_cpp import LlamaCpp
 from hf_compress.quantization.grids import Grid
 
 if TYPE_CHECKING:
-    from transformers.exporters import ExportedModel, ExportQuantizer
+    from transformers.exporters import ExportQuantizer
 
 GROUPED_OPSET = 21  # the first in which a DequantizeLinear has groups, and 4 bits
-Format = Literal["onnx", "openvino", "executorch"]
+Format = Literal["onnx", "openvino", "executorch", "gguf"]
 Batch = Mapping[str, Tensor]
 
 
@@ -29,41 +32,65 @@ Batch = Mapping[str, Tensor]
 class Runtime:
     """What runs a format.
 
-    packages: that export to it and run it, and in `extra` of pyproject. int8: what is done for 8 bits.
-    calibrated: whether that reads rows. dynamic: whether a program takes batches of any size and
-    length; else those of its example.
+    packages: that export to it and run it, by their modules, and in `extra` of pyproject. weights: what
+    is done to them, by the bits that the format has, its default first. kept: how it computes with
+    weights that keep the integers of a training; None where it keeps none. calibrated: whether 8 bits
+    read rows. dynamic: whether a program takes batches of any size and length; else those of its
+    example. cached: whether it continues a text without computing it again.
     """
 
-    packages: tuple[str, ...]
+    packages: Mapping[str, str]
     extra: str
-    int8: str
-    calibrated: bool
-    dynamic: bool
+    weights: Mapping[int, str]
+    kept: str | None = None
+    calibrated: bool = False
+    dynamic: bool = True
+    cached: bool = False
 
+
+_FLOATS = "floats of 32 bits"
 
 RUNTIMES: dict[Format, Runtime] = {
     "onnx": Runtime(
-        packages=("onnx", "onnxscript", "onnxruntime"),
+        packages={name: name for name in ("onnx", "onnxscript", "onnxruntime")},
         extra="export-onnx",
-        int8="rounded anew by ONNX Runtime, dynamic: weights by output feature, inputs in each pass",
-        calibrated=False,
-        dynamic=True,
+        weights={
+            32: _FLOATS,
+            8: "rounded anew by ONNX Runtime, dynamic: weights by output feature, inputs in each pass",
+        },
+        kept="inputs in floats",
     ),
     "openvino": Runtime(
-        packages=("openvino", "nncf"),
+        packages={name: name for name in ("openvino", "nncf")},
         extra="export-openvino",
-        int8="rounded anew by NNCF, static: ranges from rows of calibration; floats that stay are "
-        "computed in bf16 where the CPU has it",
+        weights={
+            32: _FLOATS,
+            8: "rounded anew by NNCF, static: ranges from rows of calibration; floats that stay are "
+            "computed in bf16 where the CPU has it",
+        },
         calibrated=True,
-        dynamic=True,
     ),
     "executorch": Runtime(
-        packages=("executorch", "torchao"),
+        packages={name: name for name in ("executorch", "torchao")},
         extra="export-executorch",
-        int8="rounded anew by PT2E for XNNPACK, static, in Linear and convolution layers: ranges from "
-        "rows of calibration",
+        weights={
+            32: _FLOATS,
+            8: "rounded anew by PT2E for XNNPACK, static, in Linear and convolution layers: ranges "
+            "from rows of calibration",
+        },
         calibrated=True,
         dynamic=False,
+    ),
+    "gguf": Runtime(
+        packages={"auto_round": "auto-round", "gguf": "gguf", "llama_cpp": "llama-cpp-python"},
+        extra="export-gguf",
+        weights={
+            bits: f"rounded anew to {kind} by AutoRound's converter, embeddings by llama.cpp's rules; "
+            "inputs to 8 bits in each pass"
+            for bits, kind in KINDS.items()
+        },
+        kept="their scales in 16 bits, embeddings by llama.cpp's rules; inputs to 8 bits in each pass",
+        cached=True,
     ),
 }
 
@@ -71,38 +98,57 @@ RUNTIMES: dict[Format, Runtime] = {
 def check_installed(format: Format) -> None:
     """Raises ImportError where a package of `format` is missing, with what to install."""
     runtime = RUNTIMES[format]
-    missing = [name for name in runtime.packages if importlib.util.find_spec(name) is None]
+    missing = [
+        package
+        for module, package in runtime.packages.items()
+        if importlib.util.find_spec(module) is None
+    ]
     if missing:
         raise ImportError(
             f'format "{format}" needs {" and ".join(missing)}: '
             f'pip install "hf-compress[{runtime.extra}]"'
         )
-    if importlib.util.find_spec("transformers.exporters") is None:
+    if format != "gguf" and importlib.util.find_spec("transformers.exporters") is None:
         raise ImportError(f"transformers {transformers.__version__} has no exporters: take 5.23.")
+
+
+def keeps(format: Format, model: PreTrainedModel, grids: Mapping[str, Grid]) -> bool:
+    """Whether an export in `format` can have weights of `model` on `grids` as their integers."""
+    if not grids or RUNTIMES[format].kept is None:
+        return False
+    return format != "gguf" or fits(model, grids)
 
 
 def export(
     model: PreTrainedModel,
     format: Format,
+    place: str | Path,
     inputs: Batch,
     *,
-    bits: int = 32,
+    tokenizer: str | Path,
+    bits: int,
     calibration: Sequence[Batch] = (),
     grids: Mapping[str, Grid] | None = None,
-) -> ExportedModel:
-    """`model` as a program of `format`, not saved yet.
+) -> None:
+    """Writes `model` as a program of `format` to the folder `place`.
 
     inputs: a batch, as it is called; of more than one row where the format takes any number.
-    bits: 32, or 8: see `Runtime.int8`. With `grids`, by the names of weights that lie on them, ONNX
-        gets the integers and scales of these instead, and computes in floats.
+    tokenizer: the folder of it, which GGUF holds too.
+    bits: see `Runtime.weights`. grids: by the names of weights that lie on them, which keep their
+        integers: see `keeps`.
     calibration: batches as `inputs`, of which the ranges of static integers are taken.
 
-    Raises ValueError for other `bits`, and 8 bits without the calibration that the format needs.
+    Raises ValueError for other `bits`, 8 bits without the calibration that the format needs, and what
+    cannot be GGUF.
     """
-    if bits not in (32, 8):
-        raise ValueError(f"`bits` is {bits}; {format} takes 32, or 8 for integers.")
-    if bits == 8 and RUNTIMES[format].calibrated and not calibration:
+    weights = RUNTIMES[format].weights
+    if not grids and bits not in weights:
+        raise ValueError(f"`bits` is {bits}; {format} takes {' or '.join(map(str, weights))}.")
+    if not grids and bits == 8 and RUNTIMES[format].calibrated and not calibration:
         raise ValueError(f"8 bits of {format} need rows of calibration: pass a dataset.")
+    if format == "gguf":
+        write_gguf(model, tokenizer, place, bits=bits, grids=grids)
+        return
     from transformers.exporters.auto import AutoExportConfig, AutoHfExporter
 
     settings: dict[str, Any] = {"export_format": format}
@@ -121,17 +167,21 @@ def export(
     if model.can_generate():
         example["use_cache"] = False
     config = AutoExportConfig.from_dict(settings)
-    return AutoHfExporter.from_config(config).export(model, example, config)
+    AutoHfExporter.from_config(config).export(model, example, config).save_pretrained(place)
 
 
 def load(
     folder: str | Path, format: Format, *, bits: int = 32, threads: int | None = None
-) -> ExportedModel:
-    """What `export` made and `save_pretrained` wrote to `folder`, in its runtime on the CPU.
+) -> Callable[..., Any]:
+    """What `export` wrote to `folder`, in its runtime on the CPU: takes a batch as keywords, and gives
+    what has its `logits`.
 
-    threads: of ONNX Runtime and OpenVINO; ExecuTorch decides itself. In OpenVINO floats of 32 bits are
+    threads: of the runtime; ExecuTorch decides itself. In OpenVINO floats of 32 bits are
     computed as such, and not in bf16, which is its default where the CPU has it, and stays so for 8.
     """
+    if format == "gguf":
+        (file,) = Path(folder).glob("*.gguf")
+        return LlamaCpp(file, threads=threads)
     from transformers.exporters import ExportedModel
 
     settings: dict[str, Any] = {}

@@ -25,12 +25,12 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("bits", "message"),
-    [(4, "`bits` is 4; openvino takes 32, or 8"), (8, "need rows of calibration: pass a dataset")],
+    [(4, "`bits` is 4; openvino takes 32 or 8"), (8, "need rows of calibration: pass a dataset")],
 )
-def test_bits(installed, bits, message):
+def test_bits(installed, tmp_path, bits, message):
     inputs = example_inputs(tiny_bert(), batch=2)
     with pytest.raises(ValueError, match=message):
-        formats.export(tiny_bert(), "openvino", inputs, bits=bits)
+        formats.export(tiny_bert(), "openvino", tmp_path, inputs, tokenizer=tmp_path, bits=bits)
 
 
 def test_a_folder_without_a_model(installed, tmp_path):
