@@ -64,17 +64,21 @@ def _save_floats(model: PreTrainedModel, tokenizer: str | Path, folder: Path) ->
 
 
 def _convert(source: Path, out: Path, kind: str) -> None:
-    # A process of its own: AutoRound keeps models in globals, and by default runs code of the model.
-    words = ["--model", source, "--output_dir", out, "--format", f"gguf:{kind.lower()}"]
-    words += ["--iters", "0", "--disable_opt_rtn", "--disable_trust_remote_code"]
-    words += ["--model_dtype", "float32", "--device_map", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "auto_round", *map(str, words)],
-        capture_output=True,
+    with subprocess.Popen(
+        [sys.executable, "-m", "hf_compress.exporting.gguf_converter", str(source), str(out), kind],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        # It would fetch a newer converter, and run it.
-        env={**os.environ, "AUTO_ROUND_GGUF_AUTO_UPDATE": "0"},
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["nothing"]
+        # By itself it would fetch a newer converter, and run it.
+        env={**os.environ, "AUTO_ROUND_GGUF_AUTO_UPDATE": "0", "AR_LOG_LEVEL": "ERROR"},
+    ) as process:
+        assert process.stderr is not None
+        said = ["nothing"]
+        for line in process.stderr:
+            if "%|" in line:  # a bar
+                sys.stderr.write("\r" + line.rstrip())
+            elif line.strip():
+                said.append(line.strip())
+    if process.returncode:
         raise ValueError(f"AutoRound could not convert the model to gguf. It says: {said[-1]}")
+    sys.stderr.write("\n")

@@ -1,0 +1,30 @@
+"""AutoRound's conversion, which keeps models in globals, as a process of its own.
+
+python -m hf_compress.exporting.gguf_converter MODEL OUT KIND
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(source: str, out: str, kind: str) -> None:
+    from auto_round import AutoRound
+
+    name = f"gguf:{kind.lower()}"
+    rounding = AutoRound(
+        model=source,
+        scheme=name,
+        alg_configs="rtn",
+        iters=0,
+        # It would round to bf16 first.
+        amp=False,
+        model_dtype="float32",
+        device_map="cpu",
+        trust_remote_code=False,
+    )
+    rounding.quantize_and_save(output_dir=out, format=name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
