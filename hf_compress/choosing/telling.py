@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -38,17 +38,26 @@ def in_lines(rows: list[tuple[str, ...]]) -> str:
 
 
 def sentence(choice: Choice) -> str:
-    """Why the winner won; or which limit nothing meets, and what came nearest."""
-    if choice.winner is None:
-        return _nothing(choice)
+    """Why the winner won, or which limit nothing meets, and what came nearest; then the best of
+    the exports, which wins nothing."""
+    why = _nothing(choice) if choice.winner is None else _won(choice)
+    best = _best_exported(choice)
+    if best is None:
+        return why
+    return (
+        f"{why} Of the {len(choice.exported)} exports {best.name} in {best.runtime} "
+        f"{_superlative(choice)} within the limits: validation {choice.metric.name} "
+        f"{best.validation:.4f}, {best.measured.bytes / 1e6:.1f} MB, {best.measured.speedup:.1f} times "
+        "faster than the dense model in torch."
+    )
+
+
+def _won(choice: Choice) -> str:
     winner, dense = choice.winner, choice.dense
+    assert winner is not None
     assert winner.finished is not None
     within = sum(not each.excess for each in choice.finalists)
-    what = {
-        "score": f"has the best validation {choice.metric.name}",
-        "size": "is the smallest",
-        "latency": "is the fastest",
-    }[choice.prefer]
+    what = _superlative(choice)
     group = f"of the {within} finalists within" if within > 1 else "the only finalist within"
     verb = f"{what} {group}" if within > 1 else f"is {group}"
     size = dense.measured.bytes / winner.measured.bytes
@@ -58,6 +67,29 @@ def sentence(choice: Choice) -> str:
         f"{winner.measured.bytes / 1e6:.1f} MB ({size:.1f} times smaller), "
         f"{winner.measured.latency_ms:.1f} ms ({winner.measured.speedup:.1f} times faster)."
     )
+
+
+def _best_exported(choice: Choice) -> Exported | None:
+    metric, dense = choice.metric, choice.dense
+    keys: dict[str, Callable[[Exported], float]] = {
+        "score": lambda each: -metric.gain(each.validation),
+        "size": lambda each: each.measured.bytes,
+        "latency": lambda each: -each.measured.speedup,
+    }
+    within = [
+        each
+        for each in choice.exported
+        if not choice.limits.excess(each.measured, metric.drop(dense.validation, each.validation))
+    ]
+    return min(within, key=keys[choice.prefer], default=None)
+
+
+def _superlative(choice: Choice) -> str:
+    return {
+        "score": f"has the best validation {choice.metric.name}",
+        "size": "is the smallest",
+        "latency": "is the fastest",
+    }[choice.prefer]
 
 
 def nearest(choice: Choice, count: int = 3) -> list[Tried]:

@@ -1,10 +1,12 @@
 from dataclasses import replace
 
+import pytest
+
 from hf_compress.choosing.candidates import Candidate
 from hf_compress.choosing.limits import Limits, Measured
 from hf_compress.choosing.picture import draw_front
 from hf_compress.choosing.search import Choice, Exported, Finished, Metric, Trained, Tried
-from hf_compress.choosing.telling import front, table, to_dict
+from hf_compress.choosing.telling import front, sentence, table, to_dict
 
 
 def measured(size, latency, speedup):
@@ -52,6 +54,25 @@ def test_what_was_exported_is_judged_by_the_same_limits():
     )
     assert finalist[-1] == "drop 3, at most 2"
     assert to_dict(choice())["exported"][1]["measured"]["speedup"] == 10.0
+
+
+@pytest.mark.parametrize(
+    ("prefer", "limits", "best"),
+    [
+        ("size", Limits(drop=4.0), "3layers in openvino-int8 is the smallest within"),
+        ("size", Limits(drop=2.0), "dense in openvino-int8 is the smallest within"),
+        ("latency", Limits(drop=4.0), "3layers in openvino-int8 is the fastest within"),
+        ("score", Limits(size=40e6), "dense in openvino-int8 has the best validation accuracy within"),
+    ],
+)
+def test_the_best_export_is_named_beside_the_winner(prefer, limits, best):
+    told = sentence(replace(choice(), prefer=prefer, limits=limits))
+    assert f"Of the 2 exports {best} the limits: validation accuracy 0.8" in told
+
+
+def test_no_export_is_named_where_none_is_within_the_limits():
+    assert "exports" not in sentence(replace(choice(), limits=Limits(size=1e6)))
+    assert "exports" not in sentence(replace(choice(), exported=[]))
 
 
 def test_it_is_drawn(tmp_path):
