@@ -15,8 +15,9 @@ def main(source: str, out: str, kind: str) -> None:
     rounding = AutoRound(
         model=source,
         scheme=name,
-        alg_configs="rtn",
         iters=0,
+        # Better scales want rows, which it would fetch.
+        disable_opt_rtn=True,
         # It would round to bf16 first.
         amp=False,
         model_dtype="float32",
