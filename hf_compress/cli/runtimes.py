@@ -82,10 +82,12 @@ def _export(work: Trainings, name: str, candidate: Candidate | None, runtime: st
     base = trainers.base(vocabulary=candidate is not None and candidate.vocabulary)
     dense = trainers.base(vocabulary=False).model
     (format, bits), size = RUNTIMES[runtime], work.timed.batch
+    # Integers of that width are there already.
+    kept = format == "gguf" and candidate is not None and candidate.bits == bits
     place, measured = export_folder(
         folder,
         format,
-        bits=bits,
+        bits=None if kept else bits,
         batches=trainers.batches(base, base.test),
         calibration=trainers.calibration(base),
         dense=dense.cpu(),

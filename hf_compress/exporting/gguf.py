@@ -69,7 +69,7 @@ def _convert(source: Path, out: Path, kind: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # By itself it would fetch a newer converter, and run it.
+        # Whatever the environment says, it is not to fetch a newer converter and run that.
         env={**os.environ, "AUTO_ROUND_GGUF_AUTO_UPDATE": "0", "AR_LOG_LEVEL": "ERROR"},
     ) as process:
         assert process.stderr is not None

@@ -46,7 +46,8 @@ class LlamaCpp:
         input_ids: (rows, length). attention_mask: as them, 0 for padding, which is at the end.
         use_cache: of one row; what comes back as `past_key_values` continues it.
 
-        Raises ValueError for padding in front and for a cache of several rows.
+        Raises ValueError for padding in front, and a cache of several rows or one that is full: it has
+        room for `SPARE` tokens after the first at least.
         """
         lengths = [input_ids.shape[1]] * len(input_ids)
         if attention_mask is not None and past_key_values is None:
@@ -58,10 +59,7 @@ class LlamaCpp:
         if past_key_values is None:
             self._make_room(input_ids.shape[1])
         elif self._llama.n_tokens + input_ids.shape[1] > self._llama.n_ctx():
-            raise ValueError(
-                f"there is room for {self._llama.n_ctx()} tokens, {SPARE} or more of them after the "
-                "first that were cached: begin with a longer row."
-            )
+            raise ValueError(f"the cache has room for {self._llama.n_ctx()} tokens.")
         rows = []
         for tokens, length in zip(input_ids, lengths, strict=True):
             if past_key_values is None:
