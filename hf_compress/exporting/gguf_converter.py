@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 
+from hf_compress.devices import host
+
 
 def main(source: str, out: str, kind: str) -> None:
     from auto_round import AutoRound
@@ -21,7 +23,7 @@ def main(source: str, out: str, kind: str) -> None:
         # It would round to bf16 first.
         amp=False,
         model_dtype="float32",
-        device_map="cpu",
+        device_map=str(host()),
         trust_remote_code=False,
     )
     rounding.quantize_and_save(output_dir=out, format=name)
