@@ -68,8 +68,9 @@ class ChooseArguments(DataArguments):
     space: str | None = field(
         default=None,
         metadata={
-            "help": "A yaml file of recipes, or {in: braces}: lists of layers, student_layers, ffn, "
-            "heads, vocabulary, sparsity, bits and distil; all their combinations are tried."
+            "help": "A yaml file of recipes, or {in: braces}, or a list of such: lists of layers, "
+            "student_layers, ffn, heads, vocabulary, sparsity, bits and distil; all their combinations "
+            "are tried."
         },
     )
     dense_epochs: float | None = field(
@@ -232,9 +233,9 @@ def _candidates(arguments: ChooseArguments, work: Trainings) -> list[Candidate]:
 
 
 def read_space(space: str) -> Any:
-    """The yaml in a file, or in `space` itself where that is in braces. Raises ValueError where there
-    is none."""
-    written = space.startswith("{")
+    """The yaml in a file, or in `space` itself where that is in braces or brackets. Raises
+    ValueError where there is none."""
+    written = space.startswith(("{", "["))
     if not written and not Path(space).is_file():
         raise ValueError(f"no space at {space}.")
     try:

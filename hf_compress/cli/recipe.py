@@ -80,6 +80,6 @@ def _read_recipe(path: Path, known: Iterable[str]) -> list[str]:
 
 
 def _as_words(value: Any) -> list[str]:
-    if isinstance(value, list):
+    if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
         return [str(item) for item in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [json.dumps(value) if isinstance(value, (dict, list)) else str(value)]

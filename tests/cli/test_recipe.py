@@ -100,3 +100,13 @@ def test_a_teacher_may_be_a_packaged_model_too():
     flags = ["--model", "m", "--output_dir", "o", "--teacher", "all-minilm-l6-v2"]
     compress, _ = parse(flags, *KINDS)
     assert compress.teacher == minilm()
+
+
+def test_a_list_of_spaces_is_one_value(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "{model: a, dataset: b, output_dir: c, max_drop: 1, space: [{layers: [3, 2]}, {bits: 8}]}"
+    )
+    arguments, _ = parse(["--config", str(recipe)], ChooseArguments, DistillationArguments)
+    names = [each.name for each in candidates_of(read_space(arguments.space))]
+    assert names == ["3layers", "2layers", "8bit"]
