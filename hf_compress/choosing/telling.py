@@ -70,18 +70,23 @@ def _won(choice: Choice) -> str:
 
 
 def _best_exported(choice: Choice) -> Exported | None:
+    """The best score of those whose cost is within a percent of the least: files of one format are all
+    but equal in size, whatever their integers are."""
     metric, dense = choice.metric, choice.dense
-    keys: dict[str, Callable[[Exported], float]] = {
-        "score": lambda each: -metric.gain(each.validation),
-        "size": lambda each: each.measured.bytes,
-        "latency": lambda each: -each.measured.speedup,
+    costs: dict[str, Callable[[Measured], float]] = {
+        "score": lambda measured: 0.0,
+        "size": lambda measured: measured.bytes,
+        "latency": lambda measured: 1 / measured.speedup,
     }
+    cost = costs[choice.prefer]
     within = [
         each
         for each in choice.exported
         if not choice.limits.excess(each.measured, metric.drop(dense.validation, each.validation))
     ]
-    return min(within, key=keys[choice.prefer], default=None)
+    least = min((cost(each.measured) for each in within), default=0.0)
+    close = [each for each in within if cost(each.measured) <= 1.01 * least]
+    return max(close, key=lambda each: metric.gain(each.validation), default=None)
 
 
 def _superlative(choice: Choice) -> str:

@@ -70,6 +70,14 @@ def test_the_best_export_is_named_beside_the_winner(prefer, limits, best):
     assert f"Of the 2 exports {best} the limits: validation accuracy 0.8" in told
 
 
+def test_of_exports_of_one_size_the_better_is_named():
+    made = choice()
+    small = made.exported[1]
+    better = replace(small, name="4bit", validation=0.84, measured=measured(6_000_100, 1.1, 9.0))
+    told = sentence(replace(made, exported=[small, better], limits=Limits(drop=4.0)))
+    assert "4bit in openvino-int8 is the smallest" in told
+
+
 def test_no_export_is_named_where_none_is_within_the_limits():
     assert "exports" not in sentence(replace(choice(), limits=Limits(size=1e6)))
     assert "exports" not in sentence(replace(choice(), exported=[]))
