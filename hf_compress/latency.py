@@ -197,7 +197,7 @@ def _generate(
 ) -> Times:
     generates_beside = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
     begin = {}
-    if isinstance(model, PreTrainedModel) and generates_beside:
+    if generates_beside:
         rows = len(next(iter(batch.values())))
         begin["decoder_input_ids"] = torch.full((rows, 1), _start_token(model), device=device)
     seconds, output = _time(device, lambda: model(**batch, **begin, use_cache=True))
@@ -221,7 +221,7 @@ def _generate(
     yield "decode", seconds / new_tokens
 
 
-def _start_token(model: PreTrainedModel) -> int:
+def _start_token(model: Any) -> int:
     token = model.generation_config.decoder_start_token_id
     return model.config.decoder_start_token_id if token is None else token
 

@@ -40,7 +40,7 @@ def in_lines(rows: list[tuple[str, ...]]) -> str:
 def sentence(choice: Choice) -> str:
     """Why the winner won, or which limit nothing meets, and what came nearest; then the best of
     the exports, which wins nothing."""
-    why = _nothing(choice) if choice.winner is None else _won(choice)
+    why = _nothing(choice) if choice.winner is None else _won(choice, choice.winner)
     best = _best_exported(choice)
     if best is None:
         return why
@@ -52,9 +52,8 @@ def sentence(choice: Choice) -> str:
     )
 
 
-def _won(choice: Choice) -> str:
-    winner, dense = choice.winner, choice.dense
-    assert winner is not None
+def _won(choice: Choice, winner: Tried) -> str:
+    dense = choice.dense
     assert winner.finished is not None
     within = sum(not each.excess for each in choice.finalists)
     what = _superlative(choice)

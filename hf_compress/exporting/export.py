@@ -160,13 +160,11 @@ def _told(
 ) -> dict[str, Any]:
     """What `measured.json` holds."""
     runtime = RUNTIMES[format]
-    weights = runtime.weights.get(bits, "")
-    if grids:
-        weights = f"the integers of the training in {len(grids)} weights, {runtime.kept}"
+    kept = f"the integers of the training in {len(grids)} weights, {runtime.kept}"
     packages = ("torch", "transformers", *runtime.packages.values())
     return {
         "format": format,
-        "weights": weights,
+        "weights": kept if grids else runtime.weights[bits],
         "bytes": sum(path.stat().st_size for path in place.iterdir()),
         "inputs": "the rows of the dataset" if rows else "random",
         "data": dict(data or {}) if rows else {},

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.quantization.grids import Grid, grouped, quantize
+from hf_compress.quantization.codes import codes_of
+from hf_compress.quantization.grids import Grid
 
 BLOCK = 32
 _ROUNDING = 2**-10  # of a scale in 16 bits, relative, and as much again for the product
@@ -29,7 +30,10 @@ def fits(model: PreTrainedModel, grids: Mapping[str, Grid]) -> bool:
     return (
         {grid.bits for grid in grids.values()} in ({4}, {8})
         and all(grid.zero_point is None for grid in grids.values())
-        and all(_size(model.get_parameter(name), grid) % BLOCK == 0 for name, grid in grids.items())
+        and all(
+            model.get_parameter(name).shape[1] % (BLOCK * grid.scale.shape[-1]) == 0
+            for name, grid in grids.items()
+        )
     )
 
 
@@ -54,7 +58,7 @@ def write_codes(file: Path, model: PreTrainedModel, grids: Mapping[str, Grid], k
                 "`bits`, and all weights are rounded anew."
             )
         rows = _rows(name, weight, dequantize(tensor.data, tensor.tensor_type), model)
-        tensor.data[:] = _blocks(weight, grid)[rows]
+        tensor.data[:] = _blocks(name, weight, grid)[rows]
         found = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
         if not torch.allclose(found, weight[rows], rtol=_ROUNDING, atol=0):
             raise ValueError(
@@ -102,22 +106,16 @@ def _orders(weight: Tensor, model: PreTrainedModel) -> Iterator[Tensor]:
             yield rows.view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def _blocks(weight: Tensor, grid: Grid) -> Tensor:
+def _blocks(name: str, weight: Tensor, grid: Grid) -> Tensor:
     """(outputs, bytes of the blocks of a row): of each block the scale in 16 bits, then 32 bytes, or 16
     of which the low halves are the first 16 codes."""
-    size = _size(weight, grid)
-    codes = quantize(grouped(weight, input_dim=1, group_size=size), grid)
-    codes = codes.reshape(len(weight), -1, BLOCK).to(torch.int16)
-    scales = grid.scale.expand(len(weight), -1).repeat_interleave(size // BLOCK, dim=1)
+    codes = codes_of(name, weight, grid, input_dim=1).unflatten(1, (-1, BLOCK))
+    scales = grid.scale.expand(len(weight), -1)
+    scales = scales.repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
     if grid.bits == 4:
-        low, high = (codes + 8).chunk(2, dim=-1)
-        written = (low | high << 4).to(torch.uint8)
+        low, high = (codes + 8).view(torch.uint8).chunk(2, dim=-1)
+        written = low | high << 4
     else:
-        written = codes.to(torch.int8).view(torch.uint8)
+        written = codes.view(torch.uint8)
     heads = scales.to(torch.float16).unsqueeze(-1).view(torch.uint8)
     return torch.cat([heads, written], dim=-1).flatten(1)
-
-
-def _size(weight: Tensor, grid: Grid) -> int:
-    """How many inputs share a scale; one scale for all is repeated for each row."""
-    return weight.shape[1] // grid.scale.shape[-1]

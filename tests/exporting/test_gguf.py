@@ -42,17 +42,10 @@ def test_a_published_model_from_the_command_line(tokenizer, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     texts = [f"The {name} went to the forest {name} times." for name in ("fox", "king", "old man")]
     rows.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    words = [
-        "--format",
-        "gguf",
-        "--model",
-        str(folder),
-        "--dataset",
-        str(rows),
-        "--eval_split",
-        "train",
-    ]
-    main([*words, "--max_length", "24", "--runs", "2", "--threads", "2"])
+    main(
+        ["--format", "gguf", "--model", str(folder), "--dataset", str(rows), "--eval_split", "train"]
+        + ["--max_length", "24", "--runs", "2", "--threads", "2"]
+    )
     measured = json.loads((folder / "gguf-int8" / "measured.json").read_text())
     parity = measured["parity"]
     assert parity["rows"] == 3

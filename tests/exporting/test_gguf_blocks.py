@@ -21,8 +21,8 @@ NAMES = {
 }
 
 
-def in_halves(weight, heads):
-    """The rows of queries and keys as llama.cpp turns them: pairs of neighbours, not two halves."""
+def in_pairs(weight, heads):
+    """The rows of queries and keys as llama.cpp has them: what turns together side by side."""
     rows = []
     for head in weight.split(len(weight) // heads):
         first, second = head.chunk(2)
@@ -32,7 +32,7 @@ def in_halves(weight, heads):
 
 def as_stored(name, weight):
     heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(name)
-    return in_halves(weight, heads) if heads else weight
+    return in_pairs(weight, heads) if heads else weight
 
 
 def converted(file, model, kind, *, rows=as_stored):
