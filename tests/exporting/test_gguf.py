@@ -73,12 +73,21 @@ def test_a_published_model_from_the_command_line(tokenizer, tmp_path, capsys):
 
 def test_it_keeps_the_integers_of_a_training(tokenizer, tmp_path):
     model = llama(tokenizer)
-    grids = quantize_oneshot_(model, None, bits=4, group_size=32)
+    # Of a grid that the converter would not find again, as it often does that of `mse`.
+    grids = quantize_oneshot_(model, None, bits=4, group_size=32, grid="absmax")
     save_quantized(model, tmp_path, grids=grids)
     tokenizer.save_pretrained(tmp_path)
     place, kept = export_folder(tmp_path, "gguf", length=20, runs=1)
     assert place.name == "gguf-int4"
     assert kept["weights"].startswith(f"the integers of the training in {len(grids)} weights")
+    import gguf
+
+    (file,) = place.glob("*.gguf")
+    tensors = {each.name: each for each in gguf.GGUFReader(file).tensors}
+    stored = tensors["blk.1.ffn_up.weight"]
+    values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
+    weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    torch.testing.assert_close(values, weight.detach(), rtol=2**-10, atol=0)
     _, anew = export_folder(tmp_path, "gguf", bits=4, length=20, runs=1)
     assert anew["weights"].startswith("rounded anew to Q4_0")
     assert kept["bytes"] == anew["bytes"]
